@@ -1,0 +1,130 @@
+"""MoEConfig: the numbers that define a layer, checked once.
+
+E FFN experts, Z zero-computation experts, A = E + Z slots, K choices per token.
+This room knows no torch. Names (a kind, a score, an activation) are checked by the room that owns them;
+counts, ranges and their relations are checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RENORMALIZE_MODES = ("none", "all", "real", "nonnull")
+
+ZeroExpertKinds = tuple[tuple[str, int], ...]
+
+
+def check_count(name: str, value: object, minimum: int) -> int:
+    """`value` as an int of at least `minimum`; ValueError naming `name` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    return value
+
+
+def renormalize_mode(renormalize: str | bool) -> str:
+    """The canonical mode: True means "all", False means "none" (SPEC section 1, step 7)."""
+    if isinstance(renormalize, bool):
+        return "all" if renormalize else "none"
+    if renormalize not in RENORMALIZE_MODES:
+        raise ValueError(f"renormalize must be True, False or one of {RENORMALIZE_MODES}, got {renormalize!r}")
+    return renormalize
+
+
+def expand_kinds(zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_num: int | None = None) -> ZeroExpertKinds:
+    """Zero-computation experts in id order as `((kind, count), ...)`.
+
+    `zero_expert_type` is one kind for all `zero_expert_num` slots, or a sequence of (kind, count) pairs whose
+    counts add up to `zero_expert_num` where that is given. Raises ValueError otherwise.
+    """
+    if zero_expert_num is not None:
+        check_count("zero_expert_num", zero_expert_num, 0)
+    if isinstance(zero_expert_type, str):
+        if zero_expert_num is None:
+            raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or give (kind, count) pairs")
+        return ((zero_expert_type, zero_expert_num),) if zero_expert_num else ()
+    kinds: list[tuple[str, int]] = []
+    for pair in zero_expert_type:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"zero_expert_type must be a kind or (kind, count) pairs in id order, got {pair!r} in it")
+        kinds.append((pair[0], check_count(f"count of zero_expert_type {pair[0]!r}", pair[1], 0)))
+    total = sum(count for _, count in kinds)
+    if zero_expert_num is not None and total != zero_expert_num:
+        raise ValueError(f"zero_expert_type names {total} experts, but zero_expert_num is {zero_expert_num}")
+    return tuple((kind, count) for kind, count in kinds if count)
+
+
+def check_groups(num_expert_group: int | None, topk_group: int | None, num_slots: int, top_k: int, has_bias: bool) -> None:
+    """Raise ValueError unless the group limit of SPEC section 1, step 4 can be applied to `num_slots` slots."""
+    if num_expert_group is None and topk_group is None:
+        return
+    if num_expert_group is None or topk_group is None:
+        raise ValueError(
+            f"num_expert_group and topk_group belong together, got num_expert_group={num_expert_group}, "
+            f"topk_group={topk_group}"
+        )
+    check_count("num_expert_group", num_expert_group, 1)
+    check_count("topk_group", topk_group, 1)
+    if num_slots % num_expert_group:
+        raise ValueError(f"num_expert_group={num_expert_group} must divide the {num_slots} expert slots")
+    if topk_group > num_expert_group:
+        raise ValueError(f"topk_group={topk_group} must be at most num_expert_group={num_expert_group}")
+    group_size = num_slots // num_expert_group
+    if has_bias and group_size < 2:
+        raise ValueError(
+            f"num_expert_group={num_expert_group} leaves {group_size} slot a group; with a selection bias a group is "
+            "valued by its two best slots, so it needs at least 2"
+        )
+    if top_k > topk_group * group_size:
+        raise ValueError(f"top_k={top_k} exceeds the {topk_group * group_size} slots of topk_group={topk_group} groups")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The shape and the rules of one zero-expert MoE layer.
+
+    Attributes:
+        hidden_size: H. intermediate_size: I, the width of one FFN expert. num_experts: E. top_k: K.
+        zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        renormalize: "none", "all", "real" or "nonnull"; True is stored as "all", False as "none".
+        routed_scaling_factor: multiplies every weight, zero-computation experts' too.
+        num_expert_group, topk_group: the group limit, or None.
+        activation: "silu", "gelu" or "gelu_tanh".
+
+    Raises:
+        ValueError: for a count or range that cannot be, naming it.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    zero_expert_kinds: ZeroExpertKinds = ()
+    scoring_func: str = "softmax"
+    renormalize: str | bool = "none"
+    routed_scaling_factor: float = 1.0
+    num_expert_group: int | None = None
+    topk_group: int | None = None
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        check_count("hidden_size", self.hidden_size, 1)
+        check_count("intermediate_size", self.intermediate_size, 1)
+        check_count("num_experts", self.num_experts, 0)
+        check_count("top_k", self.top_k, 1)
+        object.__setattr__(self, "zero_expert_kinds", expand_kinds(self.zero_expert_kinds))
+        object.__setattr__(self, "renormalize", renormalize_mode(self.renormalize))
+        if self.top_k > self.num_slots:
+            raise ValueError(f"top_k={self.top_k} exceeds the {self.num_slots} expert slots (num_experts + zero experts)")
+        check_groups(self.num_expert_group, self.topk_group, self.num_slots, self.top_k, has_bias=False)
+
+    @property
+    def num_zero_experts(self) -> int:
+        """Z."""
+        return sum(count for _, count in self.zero_expert_kinds)
+
+    @property
+    def num_slots(self) -> int:
+        """A = E + Z."""
+        return self.num_experts + self.num_zero_experts
