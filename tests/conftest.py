@@ -1,0 +1,51 @@
+"""What all tests share: poisoned memory, and the rule for GPU tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping, gpu tests without a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.config.getoption("--require-gpu"):
+            pytest.fail("--require-gpu was given, but torch sees no CUDA device")
+        pytest.skip("torch sees no CUDA device")
+
+
+def _poisoned(make):
+    def wrapper(*args, **kwargs):
+        memory = make(*args, **kwargs)
+        if memory.dtype.is_floating_point:
+            with torch.no_grad():
+                memory.fill_(float("nan"))
+        elif memory.dtype in (torch.int32, torch.int64):
+            memory.fill_(torch.iinfo(memory.dtype).max)
+        return memory
+
+    return wrapper
+
+
+@pytest.fixture(scope="module")
+def poisoned_empty() -> Iterator[None]:
+    """Memory that is not initialised holds NaN (integers: the largest value) instead of whatever was there.
+
+    Patching beats `torch.utils.deterministic.fill_uninitialized_memory`, which works only together with
+    `use_deterministic_algorithms` and would so test other code paths than those that users run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+        yield
