@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+KIND_ALIASES = {"copy": "identity", "null": "zero"}
 RENORMALIZE_MODES = ("none", "all", "real", "nonnull")
 
 ZeroExpertKinds = tuple[tuple[str, int], ...]
@@ -35,19 +36,22 @@ def expand_kinds(zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_
     """Zero-computation experts in id order as `((kind, count), ...)`.
 
     `zero_expert_type` is one kind for all `zero_expert_num` slots, or a sequence of (kind, count) pairs whose
-    counts add up to `zero_expert_num` where that is given. Raises ValueError otherwise.
+    counts add up to `zero_expert_num` where that is given. Aliases become the kind they stand for; whether a kind
+    exists is for `affine` to say. Raises ValueError otherwise.
     """
     if zero_expert_num is not None:
         check_count("zero_expert_num", zero_expert_num, 0)
     if isinstance(zero_expert_type, str):
         if zero_expert_num is None:
             raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or give (kind, count) pairs")
-        return ((zero_expert_type, zero_expert_num),) if zero_expert_num else ()
+        kind = KIND_ALIASES.get(zero_expert_type, zero_expert_type)
+        return ((kind, zero_expert_num),) if zero_expert_num else ()
     kinds: list[tuple[str, int]] = []
     for pair in zero_expert_type:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
             raise ValueError(f"zero_expert_type must be a kind or (kind, count) pairs in id order, got {pair!r} in it")
-        kinds.append((pair[0], check_count(f"count of zero_expert_type {pair[0]!r}", pair[1], 0)))
+        count = check_count(f"count of zero_expert_type {pair[0]!r}", pair[1], 0)
+        kinds.append((KIND_ALIASES.get(pair[0], pair[0]), count))
     total = sum(count for _, count in kinds)
     if zero_expert_num is not None and total != zero_expert_num:
         raise ValueError(f"zero_expert_type names {total} experts, but zero_expert_num is {zero_expert_num}")

@@ -1,0 +1,141 @@
+"""Zero-computation experts: each is affine in x, so a token needs only alpha_t and beta_t.
+
+    y_t += alpha_t * x_t + beta_t @ V
+
+T tokens, H hidden size, K choices, C constant experts, S scaled_identity experts. A kind is one rule in AFFINE_KINDS;
+no kernel knows the kinds. Sources: LongCat-Flash (identity), MoE++ (zero, copy, constant), AdaMoE (null).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ZeroExpertKinds
+
+
+class AffineParams(NamedTuple):
+    """What the zero-computation experts of a layer learn; None where a layer has no expert of that kind.
+
+    constant_router: W [C, 2, H], constant_value: V [C, H], scale: s [S], each in the id order of its kind.
+    """
+
+    constant_router: Tensor | None = None
+    constant_value: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Chosen(NamedTuple):
+    """The choices that fell on the slots of one (kind, count) entry of a layer.
+
+    weight_TK: float32, 0 where the choice is another slot's. slot_TK: int64, the expert's index among all of its kind,
+    0 where the choice is another slot's. constant_logits_TC2: W_j x of every constant expert, or None without one.
+    """
+
+    weight_TK: Tensor
+    slot_TK: Tensor
+    params: AffineParams
+    constant_logits_TC2: Tensor | None
+
+
+Coefficients = tuple[Tensor, Tensor | None]  # alpha_T, beta_TC
+
+
+def _identity(chosen: Chosen) -> Coefficients:
+    return chosen.weight_TK.sum(-1), None
+
+
+def _zero(chosen: Chosen) -> Coefficients:
+    # Not torch.zeros: a lost token's NaN weight has to reach its output.
+    return chosen.weight_TK.detach().sum(-1) * 0, None
+
+
+def _weight_by_expert(chosen: Chosen, experts: int) -> Tensor:
+    """[T, experts] weights. A comparison and a sum instead of scatter_add: the order is fixed on every device."""
+    ids = torch.arange(experts, device=chosen.slot_TK.device)
+    return (chosen.weight_TK[:, :, None] * (chosen.slot_TK[:, :, None] == ids)).sum(1)
+
+
+def _scaled_identity(chosen: Chosen) -> Coefficients:
+    scale_S = chosen.params.scale
+    assert scale_S is not None
+    return (_weight_by_expert(chosen, scale_S.shape[0]) * scale_S.to(chosen.weight_TK.dtype)).sum(-1), None
+
+
+def _constant(chosen: Chosen) -> Coefficients:
+    assert chosen.constant_logits_TC2 is not None
+    mix_TC2 = chosen.constant_logits_TC2.softmax(-1)
+    weight_TC = _weight_by_expert(chosen, mix_TC2.shape[1])
+    return (weight_TC * mix_TC2[..., 0]).sum(-1), weight_TC * mix_TC2[..., 1]
+
+
+AFFINE_KINDS: dict[str, Callable[[Chosen], Coefficients]] = {
+    "identity": _identity,
+    "zero": _zero,
+    "constant": _constant,
+    "scaled_identity": _scaled_identity,
+}
+
+
+def check_kinds(kinds: ZeroExpertKinds) -> None:
+    """Raise ValueError for a kind that is not in AFFINE_KINDS."""
+    for kind, _ in kinds:
+        if kind not in AFFINE_KINDS:
+            raise ValueError(f"zero_expert_type must be of {sorted(AFFINE_KINDS)} (or copy, null), got {kind!r}")
+
+
+def count_kind(kinds: ZeroExpertKinds, kind: str) -> int:
+    """How many experts of `kind` a layer has."""
+    return sum(count for name, count in kinds if name == kind)
+
+
+def check_params(kinds: ZeroExpertKinds, params: AffineParams, hidden_size: int) -> None:
+    """Raise ValueError unless `params` has just what `kinds` need, in the right shapes."""
+    C, S = count_kind(kinds, "constant"), count_kind(kinds, "scaled_identity")
+    needs = {"constant_router": (C, 2, hidden_size), "constant_value": (C, hidden_size), "scale": (S,)}
+    for name, shape in needs.items():
+        tensor = getattr(params, name)
+        if shape[0] and (tensor is None or tuple(tensor.shape) != shape):
+            got = "None" if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"affine_params.{name} must have shape {shape} for the kinds {kinds}, got {got}")
+        if not shape[0] and tensor is not None:
+            raise ValueError(f"affine_params.{name} must be None: the kinds {kinds} have no use for it")
+
+
+def affine_coefficients(
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    *,
+    num_experts: int,
+    kinds: ZeroExpertKinds,
+    params: AffineParams = AffineParams(),
+    constant_logits_TC2: Tensor | None = None,
+) -> Coefficients:
+    """(alpha_T, beta_TC or None) of the choices with ids >= num_experts.
+
+    Args:
+        topk_weights_TK: float32 or float64. topk_ids_TK: integers; ids below num_experts and -1 are left out.
+        kinds: canonical kinds in id order. params: see AffineParams.
+        constant_logits_TC2: W_j x of the C constant experts, in float32; needed where there are any.
+
+    Differentiable in the weights, the parameters and the constant logits.
+    """
+    alpha_T = torch.zeros_like(topk_weights_TK[:, 0])
+    beta_TC: Tensor | None = None
+    first = num_experts
+    seen_of_kind: dict[str, int] = {}
+    for kind, count in kinds:
+        mine_TK = (topk_ids_TK >= first) & (topk_ids_TK < first + count)
+        offset = seen_of_kind.get(kind, 0)
+        weight_TK = torch.where(mine_TK, topk_weights_TK, 0.0)
+        slot_TK = torch.where(mine_TK, topk_ids_TK - (first - offset), 0)
+        alpha, beta = AFFINE_KINDS[kind](Chosen(weight_TK, slot_TK, params, constant_logits_TC2))
+        alpha_T = alpha_T + alpha
+        if beta is not None:
+            beta_TC = beta if beta_TC is None else beta_TC + beta
+        first += count
+        seen_of_kind[kind] = offset + count
+    return alpha_T, beta_TC

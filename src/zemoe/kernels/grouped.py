@@ -1,0 +1,81 @@
+"""The `torch` backend: sort and `torch.nn.functional.grouped_mm`, on any device, with plain autograd.
+
+T tokens, H hidden size, I expert width, E FFN experts, K choices, N = T * K, the static bound on the rows. Nothing here
+waits for the device: rows past the last offset are gathered but multiplied by nobody, and what grouped_mm leaves in them
+is masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+
+_ALIGN_BYTES = 16  # grouped_mm needs rows that start at multiples of this
+
+
+def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan, on any device; all int64."""
+    M, K = topk_ids_MK.shape
+    ids_N = topk_ids_MK.reshape(-1)
+    expert_N = torch.where((ids_N < 0) | (ids_N >= num_experts), num_experts, ids_N)
+    sorted_N, choice_N = expert_N.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=ids_N.device, dtype=sorted_N.dtype)
+    expert_offsets = torch.searchsorted(sorted_N, bounds)
+    has_expert_N = sorted_N < num_experts
+    row_token_N = torch.where(has_expert_N, choice_N // K, 0)
+    rows_N = torch.where(has_expert_N, torch.arange(M * K, device=ids_N.device), -1)
+    slot_row_MK = torch.empty_like(choice_N).scatter_(0, choice_N, rows_N).view(M, K)
+    return row_token_N, slot_row_MK, expert_offsets
+
+
+def _aligned(matrix: Tensor, *dims: int) -> Tensor:
+    """`matrix` with zeros appended in `dims` until their strides suit grouped_mm; itself where they already do."""
+    multiple = _ALIGN_BYTES // matrix.element_size()
+    missing = [-matrix.shape[dim] % multiple if dim in dims else 0 for dim in range(matrix.ndim)]
+    if not any(missing):
+        return matrix
+    return F.pad(matrix, [n for missing_of_dim in reversed(missing) for n in (0, missing_of_dim)])
+
+
+def _grouped_linear(rows_NH: Tensor, weight_EOH: Tensor, ends_E: Tensor, valid_N1: Tensor) -> Tensor:
+    """Row n times the transposed weight of its expert; 0 in rows of no expert."""
+    product = F.grouped_mm(_aligned(rows_NH, 1), _aligned(weight_EOH, 1, 2).mT, offs=ends_E)
+    return product[:, : weight_EOH.shape[1]].masked_fill(~valid_N1, 0.0)
+
+
+def moe_ffn(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    row_token_N: Tensor,
+    slot_row_TK: Tensor,
+    expert_offsets: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn."""
+    N = row_token_N.shape[0]
+    y_TH = alpha_T[:, None] * x_TH
+    if beta_TC is not None and value_CH is not None:
+        y_TH = y_TH + beta_TC @ value_CH.to(beta_TC.dtype)
+    if N and w13.shape[0]:
+        ends_E = expert_offsets[1:].to(torch.int32)
+        valid_N1 = (torch.arange(N, device=x_TH.device) < expert_offsets[-1])[:, None]
+        # Entry N takes the weights of choices without a row, and is cut off.
+        target_N = torch.where(slot_row_TK < 0, N, slot_row_TK).reshape(-1)
+        weight_N = weights_TK.new_zeros(N + 1).scatter(0, target_N, weights_TK.reshape(-1))[:N]
+        rows_NH = x_TH[row_token_N]
+        if x_TH.requires_grad:  # what grouped_mm's own backward leaves in nobody's rows must not reach token 0
+            rows_NH = rows_NH.masked_fill(~valid_N1, 0.0)
+        gate_NI, up_NI = _grouped_linear(rows_NH, w13, ends_E, valid_N1).chunk(2, dim=-1)
+        # The weight is applied here, in float32, so that the sum over a token's rows is all that is left at the end.
+        inner_NI = ACTIVATIONS[activation].forward(gate_NI.float()) * up_NI.float() * weight_N[:, None]
+        out_NH = _grouped_linear(inner_NI.to(x_TH.dtype), w2, ends_E, valid_N1)
+        y_TH = y_TH + F.pad(out_NH, (0, 0, 0, 1))[target_N.view_as(slot_row_TK)].sum(1, dtype=y_TH.dtype)
+    return y_TH.to(x_TH.dtype)

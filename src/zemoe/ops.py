@@ -1,0 +1,154 @@
+"""The library's operators: `torch.ops.zemoe.*` with shapes for tracing and hand-written gradients. Tensors only at this boundary.
+
+T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, N = T * K row bound, C constant experts.
+
+A new device is one `impl` line an op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import cpu, grouped, topk
+
+_LIBRARY = torch.library.Library("zemoe", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def _define(schema: str) -> None:
+    _LIBRARY.define(schema, tags=_TAGS)
+
+
+# --- topk_ids: the ids of the k largest values, ties to the lower id ---
+
+_define("topk_ids(Tensor choice, int k) -> Tensor")
+torch.library.impl("zemoe::topk_ids", "CPU", topk.by_repair)
+torch.library.impl("zemoe::topk_ids", "CUDA", topk.by_integer_keys)
+
+
+@torch.library.register_fake("zemoe::topk_ids")
+def _topk_ids_fake(choice: Tensor, k: int) -> Tensor:
+    return choice.new_empty((choice.shape[0], k), dtype=torch.int64)
+
+
+def topk_ids(choice_TA: Tensor, k: int) -> Tensor:
+    """[T, k] int64 ids of the k largest float32 values of each row, largest first, equal values by lower id first.
+
+    A row with a NaN yields ids in range, in no particular order.
+    """
+    return torch.ops.zemoe.topk_ids(choice_TA, k)
+
+
+# --- plan: rows sorted by expert ---
+
+_define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
+torch.library.impl("zemoe::plan", "CUDA", grouped.plan)
+
+
+@torch.library.impl("zemoe::plan", "CPU")
+def _plan_cpu(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    if topk_ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(topk_ids))
+        if low < -1 or 0 <= num_slots <= high:
+            bound = f"0..{num_slots - 1}" if num_slots >= 0 else "0 and up"
+            raise ValueError(f"topk_ids must be {bound}, or -1 to skip a choice; got {low if low < -1 else high}")
+    return cpu.make_plan(topk_ids, num_experts)
+
+
+@torch.library.register_fake("zemoe::plan")
+def _plan_fake(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    M, K = topk_ids.shape
+    new = torch.int64
+    return (
+        topk_ids.new_empty(M * K, dtype=new),
+        topk_ids.new_empty((M, K), dtype=new),
+        topk_ids.new_empty(num_experts + 1, dtype=new),
+    )
+
+
+def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three int64 tensors of zemoe.plan.RoutingPlan; num_slots -1 means ids have no upper bound."""
+    return torch.ops.zemoe.plan(topk_ids_MK, num_experts, num_slots)
+
+
+# --- moe_ffn: x and weights to weighted sums, in one differentiable op ---
+
+_define(
+    "moe_ffn(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor w13, Tensor w2, "
+    "Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)"
+)
+_define(
+    "moe_ffn_backward(Tensor grad, Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, "
+    "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, Tensor preact, str activation, bool[7] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+torch.library.impl("zemoe::moe_ffn", "CPU", cpu.forward)
+torch.library.impl("zemoe::moe_ffn_backward", "CPU", cpu.backward)
+
+
+@torch.library.register_fake("zemoe::moe_ffn")
+def _moe_ffn_fake(
+    x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, activation, save_preact
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
+
+
+@torch.library.register_fake("zemoe::moe_ffn_backward")
+def _moe_ffn_backward_fake(
+    grad, x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, preact, activation, needs
+) -> tuple[Tensor, ...]:
+    inputs = (x, weights, w13, w2, alpha, beta, value)
+    return tuple(
+        torch.empty_like(tensor) if need and tensor is not None else x.new_empty(0)
+        for tensor, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, _ = inputs
+    preact = output[1]
+    ctx.mark_non_differentiable(preact)
+    ctx.save_for_backward(*tensors, preact)
+    ctx.activation = activation
+
+
+def _moe_ffn_autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, preact = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6, 7, 8, 9)]
+    grads = torch.ops.zemoe.moe_ffn_backward(grad.contiguous(), *tensors, preact, ctx.activation, wanted)
+    dx, dweights, dw13, dw2, dalpha, dbeta, dvalue = (
+        grad if need else None for grad, need in zip(grads, wanted, strict=True)
+    )
+    return dx, dweights, None, None, None, dw13, dw2, dalpha, dbeta, dvalue, None, None
+
+
+torch.library.register_autograd("zemoe::moe_ffn", _moe_ffn_autograd, setup_context=_setup_context)
+
+
+def moe_ffn(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    row_token_N: Tensor,
+    slot_row_TK: Tensor,
+    expert_offsets: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y_t = sum_k w_tk * down(act(gate(x_t)) * up(x_t)) + alpha_t x_t + beta_t @ V, over the choices that have a row.
+
+    x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype; weights, alpha and beta float32 (float64 with float64 x);
+    value [C, H]; the plan's tensors as in zemoe.plan. Returns [T, H] in x's dtype. Differentiable in every float argument.
+    """
+    trained = (x_TH, weights_TK, w13, w2)
+    save_preact = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+    return torch.ops.zemoe.moe_ffn(
+        x_TH, weights_TK, row_token_N, slot_row_TK, expert_offsets, w13, w2, alpha_T, beta_TC, value_CH, activation, save_preact
+    )[0]
+
+
+moe_ffn_grouped = grouped.moe_ffn

@@ -1,0 +1,316 @@
+"""From logits to the chosen experts and their weights; and how others get to see them.
+
+T tokens, H hidden size, E FFN experts, Z zero-computation experts, A = E + Z slots, K choices per token.
+Everything here computes in float32, whatever the dtype of the hidden states (SPEC section 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import MoEConfig, ZeroExpertKinds, check_count, check_groups, expand_kinds, renormalize_mode
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens.
+
+    logits_TA: float32, with their graph. topk_weights_TK: float32, scaled and renormalised, differentiable.
+    topk_ids_TK: int64, ids 0..E-1 are FFN experts and E..A-1 zero-computation experts; best choice first.
+    """
+
+    logits_TA: Tensor
+    topk_weights_TK: Tensor
+    topk_ids_TK: Tensor
+
+
+def _softmax(logits_TA: Tensor) -> Tensor:
+    # A NaN, a +inf or nothing but -inf among the logits already makes the whole row NaN.
+    return logits_TA.softmax(-1)
+
+
+def _elementwise(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def scores(logits_TA: Tensor) -> Tensor:
+        # The largest logit is finite unless one is NaN or +inf, or all are -inf: then the token is lost as a whole.
+        lost_T1 = ~logits_TA.detach().amax(-1, keepdim=True).isfinite()
+        return score(logits_TA).masked_fill(lost_T1, float("nan"))
+
+    return scores
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "sigmoid": _elementwise(torch.sigmoid),
+    "sqrtsoftplus": _elementwise(lambda logits_TA: F.softplus(logits_TA).sqrt()),
+}
+
+
+def _check_scoring(scoring_func: str) -> None:
+    if scoring_func not in SCORES:
+        raise ValueError(f"scoring_func must be one of {sorted(SCORES)}, got {scoring_func!r}")
+
+
+def _slot_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
+    """The selection bias over all A slots; zero-computation slots of a bias of length E get 0."""
+    if bias.ndim != 1 or bias.shape[0] not in (num_experts, num_slots):
+        raise ValueError(
+            f"e_score_correction_bias must have shape ({num_slots},) or ({num_experts},), got {tuple(bias.shape)}"
+        )
+    bias = bias.detach().float()
+    return bias if bias.shape[0] == num_slots else F.pad(bias, (0, num_slots - bias.shape[0]))
+
+
+def _limit_to_groups(choice_TA: Tensor, num_expert_group: int, topk_group: int, has_bias: bool) -> Tensor:
+    T, A = choice_TA.shape
+    choice_TGS = choice_TA.view(T, num_expert_group, A // num_expert_group)
+    value_TG = choice_TGS.topk(2, dim=-1).values.sum(-1) if has_bias else choice_TGS.amax(-1)
+    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, ops.topk_ids(value_TG, topk_group), True)
+    return choice_TGS.masked_fill(~best_TG[:, :, None], float("-inf")).view(T, A)
+
+
+def _renormalize(weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int, kinds: ZeroExpertKinds) -> Tensor:
+    if mode == "none":
+        return weights_TK
+    # Dropped by multiplication, not by filling, so that a lost token's NaN stays.
+    if mode == "real":
+        weights_TK = weights_TK * (ids_TK < num_experts)
+    elif mode == "nonnull":
+        first = num_experts
+        for kind, count in kinds:
+            if kind == "zero":
+                weights_TK = weights_TK * ((ids_TK < first) | (ids_TK >= first + count))
+            first += count
+    total_T1 = weights_TK.sum(-1, keepdim=True)
+    return weights_TK / torch.where(total_T1 == 0, 1.0, total_T1)
+
+
+def select_experts(
+    logits_TA: Tensor,
+    top_k: int,
+    *,
+    num_experts: int,
+    zero_expert_kinds: ZeroExpertKinds = (),
+    scoring_func: str = "softmax",
+    renormalize: str | bool = "none",
+    e_score_correction_bias: Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
+    num_expert_group: int | None = None,
+    topk_group: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose K of A slots for each token (SPEC section 1, steps 2 to 8).
+
+    Args:
+        logits_TA: [T, A] router logits of any float dtype; computed in float32.
+        top_k: K.
+        num_experts: E; slots from E on are zero-computation experts.
+        zero_expert_kinds: (kind, count) in id order; only renormalize="nonnull" looks at the kinds.
+        scoring_func: a name in SCORES.
+        renormalize: "none" (LongCat), "all" (ZEDA), "real" (AdaMoE), "nonnull" (MoE++), or True / False for "all" / "none".
+        e_score_correction_bias: [A] or [E], added for the selection only. No gradient.
+        routed_scaling_factor: multiplies all weights.
+        num_expert_group, topk_group: the group limit of DeepSeek-V3, or None.
+
+    Returns:
+        (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A slot with logit -inf is
+        chosen only where fewer than K others remain. A token with a NaN or +inf logit, or with nothing but -inf, gets NaN weights.
+
+    Raises:
+        ValueError: for a shape, name or count that does not fit, naming it.
+    """
+    if logits_TA.ndim != 2 or not logits_TA.is_floating_point():
+        raise ValueError(f"logits_TA must be a float [T, A] tensor, got {logits_TA.dtype} {tuple(logits_TA.shape)}")
+    num_slots = logits_TA.shape[1]
+    check_count("top_k", top_k, 1)
+    check_count("num_experts", num_experts, 0)
+    if num_experts > num_slots:
+        raise ValueError(f"num_experts={num_experts} exceeds the {num_slots} slots of logits_TA")
+    if top_k > num_slots:
+        raise ValueError(f"top_k={top_k} exceeds the {num_slots} slots of logits_TA")
+    _check_scoring(scoring_func)
+    mode = renormalize_mode(renormalize)
+    kinds = expand_kinds(zero_expert_kinds)
+    check_groups(num_expert_group, topk_group, num_slots, top_k, e_score_correction_bias is not None)
+
+    logits_TA = logits_TA.float()
+    scores_TA = SCORES[scoring_func](logits_TA)
+    with torch.no_grad():
+        choice_TA = scores_TA.detach()
+        if e_score_correction_bias is not None:
+            choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
+        choice_TA = choice_TA.masked_fill(logits_TA.detach() == float("-inf"), float("-inf"))
+        if num_expert_group is not None and topk_group is not None:
+            choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
+        ids_TK = ops.topk_ids(choice_TA, top_k)
+    weights_TK = _renormalize(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, kinds)
+    if routed_scaling_factor != 1.0:
+        weights_TK = weights_TK * routed_scaling_factor
+    return weights_TK, ids_TK
+
+
+class RoutingModule(nn.Module):
+    """A module whose forward returns a Routing, so that `observe` can collect it."""
+
+
+class Selector(RoutingModule):
+    """`select_experts` as a stateless module: it exists to be observed."""
+
+    def forward(self, logits_TA: Tensor, top_k: int, **rules) -> Routing:
+        logits_TA = logits_TA.float()
+        return Routing(logits_TA, *select_experts(logits_TA, top_k, **rules))
+
+
+class Router(nn.Module):
+    """The classifier with its selection rules: hidden states in, Routing out.
+
+    Parameters and buffers are made in float32, and the product is computed in float32 whatever their dtype and that of
+    the hidden states, under autocast too.
+
+    Args:
+        config: the layer's MoEConfig.
+        bias: the classifier has a bias.
+        tied_null: the classifier has E + 1 rows; the last logit is repeated for all Z zero-computation experts.
+        gating_residual: adds W_g times the previous layer's logits (MoE++); W_g starts at zero.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: MoEConfig, *, bias: bool = False, tied_null: bool = False, gating_residual: bool = False) -> None:
+        super().__init__()
+        _check_scoring(config.scoring_func)
+        if tied_null and not config.num_zero_experts:
+            raise ValueError("tied_null=True needs at least one zero-computation expert, got none in zero_expert_kinds")
+        self.config = config
+        self.tied_null = tied_null
+        rows = config.num_experts + 1 if tied_null else config.num_slots
+        self.classifier = nn.Linear(config.hidden_size, rows, bias=bias, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_slots, dtype=torch.float32))
+        self.residual = nn.Linear(config.num_slots, config.num_slots, bias=False) if gating_residual else None
+        if self.residual is not None:
+            nn.init.zeros_(self.residual.weight)
+        self.selector = Selector()
+
+    def project(self, x_TH: Tensor, prev_logits: Tensor | None = None, extra_RH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [T, A], and the products of x with R extra rows [T, R] that ride along in the same GEMM."""
+        if prev_logits is not None and self.residual is None:
+            raise ValueError("prev_logits was given, but this router has no gating residual (gating_residual=True)")
+        weight, bias = self.classifier.weight.float(), self.classifier.bias
+        rows = weight.shape[0]
+        if extra_RH is not None:
+            weight = torch.cat([weight, extra_RH.float()])
+        with torch.autocast(x_TH.device.type, enabled=False):
+            product = F.linear(x_TH.float(), weight)
+            logits, extra = product[:, :rows], product[:, rows:]
+            if bias is not None:
+                logits = logits + bias.float()
+            if self.tied_null:
+                E, Z = self.config.num_experts, self.config.num_zero_experts
+                logits = torch.cat([logits[:, :E], logits[:, E:].expand(-1, Z)], dim=-1)
+            if prev_logits is not None and self.residual is not None:
+                if prev_logits.shape != logits.shape:
+                    raise ValueError(f"prev_logits must have shape {tuple(logits.shape)}, got {tuple(prev_logits.shape)}")
+                logits = logits + F.linear(prev_logits.float(), self.residual.weight.float())
+        return logits, extra
+
+    def select(self, logits_TA: Tensor) -> Routing:
+        """The Routing of given logits [T, A], by this router's rules."""
+        config = self.config
+        return self.selector(
+            logits_TA,
+            config.top_k,
+            num_experts=config.num_experts,
+            zero_expert_kinds=config.zero_expert_kinds,
+            scoring_func=config.scoring_func,
+            renormalize=config.renormalize,
+            e_score_correction_bias=self.e_score_correction_bias,
+            routed_scaling_factor=config.routed_scaling_factor,
+            num_expert_group=config.num_expert_group,
+            topk_group=config.topk_group,
+        )
+
+    def forward(self, x_TH: Tensor, prev_logits: Tensor | None = None) -> Routing:
+        """x_TH: [T, H]; prev_logits: [T, A] of the layer before, with a gating residual only."""
+        return self.select(self.project(x_TH, prev_logits)[0])
+
+
+class Observed(Mapping[tuple[str, int], Routing]):
+    """Each layer's Routing, keyed by (layer name, micro-batch number). Filled while `observe` is active."""
+
+    def __init__(self) -> None:
+        self._routings: dict[tuple[str, int], Routing] = {}
+        self.micro_batch = -1
+
+    def __getitem__(self, key: tuple[str, int]) -> Routing:
+        return self._routings[key]
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self._routings)
+
+    def __len__(self) -> int:
+        return len(self._routings)
+
+    def layers(self) -> list[str]:
+        """Names of the layers seen, in the order in which they first ran."""
+        return list(dict.fromkeys(layer for layer, _ in self._routings))
+
+    def clear(self) -> None:
+        """Forget everything, so that the next forward is micro-batch 0."""
+        self._routings.clear()
+        self.micro_batch = -1
+
+    def record(self, layer: str, routing: Routing) -> None:
+        """Keep `routing`; one computed inside a backward pass replaces the one it repeats."""
+        micro_batch = max(self.micro_batch, 0)
+        if torch._C._current_graph_task_id() != -1:
+            micro_batch = self._repeated(layer, routing, micro_batch)
+        self._routings[layer, micro_batch] = routing
+
+    def _repeated(self, layer: str, routing: Routing, latest: int) -> int:
+        """The micro-batch that an activation checkpoint is computing again: recomputed ids are bitwise the same."""
+        ids = routing.topk_ids_TK
+        known = [(batch, seen) for (name, batch), seen in self._routings.items() if name == layer]
+        if len(known) == 1:
+            return known[0][0]
+        for batch, seen in reversed(known):
+            if seen.topk_ids_TK.shape == ids.shape and torch.equal(seen.topk_ids_TK, ids):
+                return batch
+        return latest
+
+
+@contextmanager
+def observe(model: nn.Module) -> Iterator[Observed]:
+    """Collect every layer's Routing while the context is active; nothing is kept on the modules.
+
+    Each call of `model` itself starts a new micro-batch; what activation checkpointing computes again during backward
+    overwrites the entry it repeats and never adds one (with several micro-batches held, finding it compares the ids,
+    a host synchronisation on a GPU). Logits keep their graph, so losses may be built from them.
+
+    Yields:
+        Observed: a mapping {(layer name, micro-batch): Routing}.
+
+    Raises:
+        ValueError: if `model` has no layer that routes.
+    """
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutingModule)]
+    if not routers:
+        raise ValueError(f"model must contain zemoe routing layers to be observed, got {type(model).__name__} without any")
+    seen = Observed()
+
+    def start(module: nn.Module, args: tuple) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
+            seen.micro_batch += 1
+
+    def recorder(layer: str) -> Callable[[nn.Module, tuple, Routing], None]:
+        return lambda module, args, routing: seen.record(layer, routing)
+
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(start).remove)
+        for name, module in routers:
+            layer = name.removesuffix("selector").removesuffix(".") if isinstance(module, Selector) else name
+            hooks.callback(module.register_forward_hook(recorder(layer)).remove)
+        yield seen
