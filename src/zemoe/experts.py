@@ -17,6 +17,7 @@ from .config import ZeroExpertKinds, expand_kinds
 from .plan import RoutingPlan, make_plan
 
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL_HIGHER_IDS = 2**31 - 1
 
 
@@ -40,14 +41,14 @@ BACKENDS: dict[str, Backend] = {
         name="cpu",
         moe_ffn=ops.moe_ffn,
         devices=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        dtypes=_FLOATS,
         about="our own dispatch for CPUs",
     ),
     "torch": Backend(
         name="torch",
         moe_ffn=ops.moe_ffn_grouped,
         devices=None,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        dtypes=_FLOATS,
         about="sort and torch grouped_mm, any device",
     ),
 }

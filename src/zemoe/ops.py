@@ -151,4 +151,36 @@ def moe_ffn(
     )[0]
 
 
+# --- grouped_linear, grouped_outer: what the `torch` backend is made of ---
+
+_define("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets) -> Tensor")
+_define("grouped_outer(Tensor left, Tensor right, Tensor expert_offsets) -> Tensor")
+torch.library.impl("zemoe::grouped_linear", "CompositeExplicitAutograd", grouped.linear)
+torch.library.impl("zemoe::grouped_outer", "CompositeExplicitAutograd", grouped.outer)
+
+
+@torch.library.register_fake("zemoe::grouped_linear")
+def _grouped_linear_fake(rows: Tensor, weight: Tensor, expert_offsets: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]))
+
+
+@torch.library.register_fake("zemoe::grouped_outer")
+def _grouped_outer_fake(left: Tensor, right: Tensor, expert_offsets: Tensor) -> Tensor:
+    return left.new_empty((expert_offsets.shape[0] - 1, left.shape[1], right.shape[1]))
+
+
+def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_linear_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weight, offsets = ctx.saved_tensors
+    grad = grad.contiguous()
+    drows = torch.ops.zemoe.grouped_linear(grad, weight.mT, offsets) if ctx.needs_input_grad[0] else None
+    dweight = torch.ops.zemoe.grouped_outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
+    return drows, dweight, None
+
+
+torch.library.register_autograd("zemoe::grouped_linear", _grouped_linear_autograd, setup_context=_save_inputs)
+
 moe_ffn_grouped = grouped.moe_ffn

@@ -1,8 +1,8 @@
-"""The `torch` backend: sort and `torch.nn.functional.grouped_mm`, on any device, with plain autograd.
+"""The `torch` backend: sort and `torch.nn.functional.grouped_mm`, on any device.
 
-T tokens, H hidden size, I expert width, E FFN experts, K choices, N = T * K, the static bound on the rows. Nothing here
-waits for the device: rows past the last offset are gathered but multiplied by nobody, and what grouped_mm leaves in them
-is masked.
+T tokens, H hidden size, I expert width, O rows of a weight, E FFN experts, K choices, N = T * K, the static bound on the
+rows. In bfloat16 nothing here waits for the device: rows past the last offset are gathered but multiplied by nobody, and
+what grouped_mm leaves in them is masked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor,
 
 
 def _aligned(matrix: Tensor, *dims: int) -> Tensor:
-    """`matrix` with zeros appended in `dims` until their strides suit grouped_mm; itself where they already do."""
+    """`matrix` with zeros appended in `dims` until its strides suit grouped_mm; itself where they already do."""
     multiple = _ALIGN_BYTES // matrix.element_size()
     missing = [-matrix.shape[dim] % multiple if dim in dims else 0 for dim in range(matrix.ndim)]
     if not any(missing):
@@ -40,10 +40,40 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
     return F.pad(matrix, [n for missing_of_dim in reversed(missing) for n in (0, missing_of_dim)])
 
 
-def _grouped_linear(rows_NH: Tensor, weight_EOH: Tensor, ends_E: Tensor, valid_N1: Tensor) -> Tensor:
-    """Row n times the transposed weight of its expert; 0 in rows of no expert."""
-    product = F.grouped_mm(_aligned(rows_NH, 1), _aligned(weight_EOH, 1, 2).mT, offs=ends_E)
-    return product[:, : weight_EOH.shape[1]].masked_fill(~valid_N1, 0.0)
+def _has_grouped_mm(tensor: Tensor) -> bool:
+    """torch's grouped_mm runs without waiting for the device in bfloat16 on a GPU; on a CPU in all dtypes but float64."""
+    return tensor.dtype == torch.bfloat16 or (tensor.device.type == "cpu" and tensor.dtype != torch.float64)
+
+
+def linear(rows_NH: Tensor, weight_EOH: Tensor, expert_offsets: Tensor) -> Tensor:
+    """[N, O]: row n times the transposed weight of its expert; 0 in the rows of no expert."""
+    N, O = rows_NH.shape[0], weight_EOH.shape[1]
+    if not _has_grouped_mm(rows_NH):
+        product = rows_NH.new_zeros((N, O))
+        bounds = expert_offsets.tolist()
+        for weight_OH, start, end in zip(weight_EOH, bounds, bounds[1:], strict=False):
+            torch.mm(rows_NH[start:end], weight_OH.T, out=product[start:end])
+        return product
+    ends_E = expert_offsets[1:].to(torch.int32)
+    product = F.grouped_mm(_aligned(rows_NH, 1), _aligned(weight_EOH, 1, 2).mT, offs=ends_E)[:, :O]
+    nobody_N = torch.arange(N, device=rows_NH.device) >= expert_offsets[-1]
+    return product.masked_fill(nobody_N[:, None], 0.0)
+
+
+def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
+    """[E, O, H]: for each expert the sum over its rows of left_n (x) right_n; 0 for an expert without rows."""
+    O, H = left_NO.shape[1], right_NH.shape[1]
+    E = expert_offsets.shape[0] - 1
+    if not _has_grouped_mm(left_NO):
+        product = left_NO.new_zeros((E, O, H))
+        bounds = expert_offsets.tolist()
+        for out_OH, start, end in zip(product, bounds, bounds[1:], strict=False):
+            torch.mm(left_NO[start:end].T, right_NH[start:end], out=out_OH)
+        return product
+    ends_E = expert_offsets[1:].to(torch.int32)
+    product = F.grouped_mm(_aligned(left_NO, 1).T, _aligned(right_NH, 1), offs=ends_E)[:, :O, :H]
+    idle_E = expert_offsets.diff() == 0
+    return product.masked_fill(idle_E[:, None, None], 0.0)
 
 
 def moe_ffn(
@@ -65,17 +95,13 @@ def moe_ffn(
     if beta_TC is not None and value_CH is not None:
         y_TH = y_TH + beta_TC @ value_CH.to(beta_TC.dtype)
     if N and w13.shape[0]:
-        ends_E = expert_offsets[1:].to(torch.int32)
-        valid_N1 = (torch.arange(N, device=x_TH.device) < expert_offsets[-1])[:, None]
         # Entry N takes the weights of choices without a row, and is cut off.
         target_N = torch.where(slot_row_TK < 0, N, slot_row_TK).reshape(-1)
         weight_N = weights_TK.new_zeros(N + 1).scatter(0, target_N, weights_TK.reshape(-1))[:N]
-        rows_NH = x_TH[row_token_N]
-        if x_TH.requires_grad:  # what grouped_mm's own backward leaves in nobody's rows must not reach token 0
-            rows_NH = rows_NH.masked_fill(~valid_N1, 0.0)
-        gate_NI, up_NI = _grouped_linear(rows_NH, w13, ends_E, valid_N1).chunk(2, dim=-1)
+        linear = torch.ops.zemoe.grouped_linear
+        gate_NI, up_NI = linear(x_TH[row_token_N], w13, expert_offsets).to(weights_TK.dtype).chunk(2, dim=-1)
         # The weight is applied here, in float32, so that the sum over a token's rows is all that is left at the end.
-        inner_NI = ACTIVATIONS[activation].forward(gate_NI.float()) * up_NI.float() * weight_N[:, None]
-        out_NH = _grouped_linear(inner_NI.to(x_TH.dtype), w2, ends_E, valid_N1)
+        inner_NI = ACTIVATIONS[activation].forward(gate_NI) * up_NI * weight_N[:, None]
+        out_NH = linear(inner_NI.to(x_TH.dtype), w2, expert_offsets)
         y_TH = y_TH + F.pad(out_NH, (0, 0, 0, 1))[target_N.view_as(slot_row_TK)].sum(1, dtype=y_TH.dtype)
     return y_TH.to(x_TH.dtype)
