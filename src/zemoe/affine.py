@@ -28,6 +28,9 @@ class AffineParams(NamedTuple):
     scale: Tensor | None = None
 
 
+NO_PARAMS = AffineParams()
+
+
 class Chosen(NamedTuple):
     """The choices that fell on the slots of one (kind, count) entry of a layer.
 
@@ -111,7 +114,7 @@ def affine_coefficients(
     *,
     num_experts: int,
     kinds: ZeroExpertKinds,
-    params: AffineParams = AffineParams(),
+    params: AffineParams = NO_PARAMS,
     constant_logits_TC2: Tensor | None = None,
 ) -> Coefficients:
     """(alpha_T, beta_TC or None) of the choices with ids >= num_experts.

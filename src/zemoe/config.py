@@ -32,7 +32,9 @@ def renormalize_mode(renormalize: str | bool) -> str:
     return renormalize
 
 
-def expand_kinds(zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_num: int | None = None) -> ZeroExpertKinds:
+def expand_kinds(
+    zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_num: int | None = None
+) -> ZeroExpertKinds:
     """Zero-computation experts in id order as `((kind, count), ...)`.
 
     `zero_expert_type` is one kind for all `zero_expert_num` slots, or a sequence of (kind, count) pairs whose
@@ -43,7 +45,7 @@ def expand_kinds(zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_
         check_count("zero_expert_num", zero_expert_num, 0)
     if isinstance(zero_expert_type, str):
         if zero_expert_num is None:
-            raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or give (kind, count) pairs")
+            raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or (kind, count) pairs")
         kind = KIND_ALIASES.get(zero_expert_type, zero_expert_type)
         return ((kind, zero_expert_num),) if zero_expert_num else ()
     kinds: list[tuple[str, int]] = []
@@ -58,7 +60,9 @@ def expand_kinds(zero_expert_type: str | Sequence[tuple[str, int]], zero_expert_
     return tuple((kind, count) for kind, count in kinds if count)
 
 
-def check_groups(num_expert_group: int | None, topk_group: int | None, num_slots: int, top_k: int, has_bias: bool) -> None:
+def check_groups(
+    num_expert_group: int | None, topk_group: int | None, num_slots: int, top_k: int, has_bias: bool
+) -> None:
     """Raise ValueError unless the group limit of SPEC section 1, step 4 can be applied to `num_slots` slots."""
     if num_expert_group is None and topk_group is None:
         return
@@ -120,7 +124,7 @@ class MoEConfig:
         object.__setattr__(self, "zero_expert_kinds", expand_kinds(self.zero_expert_kinds))
         object.__setattr__(self, "renormalize", renormalize_mode(self.renormalize))
         if self.top_k > self.num_slots:
-            raise ValueError(f"top_k={self.top_k} exceeds the {self.num_slots} expert slots (num_experts + zero experts)")
+            raise ValueError(f"top_k={self.top_k} exceeds the {self.num_slots} slots (num_experts + zero experts)")
         check_groups(self.num_expert_group, self.topk_group, self.num_slots, self.top_k, has_bias=False)
 
     @property

@@ -16,7 +16,6 @@ from .affine import AffineParams, affine_coefficients, check_kinds, check_params
 from .config import ZeroExpertKinds, expand_kinds
 from .plan import RoutingPlan, make_plan
 
-ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL_HIGHER_IDS = 2**31 - 1
 
@@ -25,8 +24,8 @@ _ALL_HIGHER_IDS = 2**31 - 1
 class Backend:
     """One way to compute `moe_ffn`.
 
-    name: what `backend=` takes. moe_ffn: the op. devices: device types it runs on, None for all. dtypes: of x and weights.
-    about: one line for people.
+    name: what `backend=` takes. moe_ffn: the op. devices: device types it runs on, None for all.
+    dtypes: of x and weights. about: one line for people.
     """
 
     name: str
@@ -74,12 +73,16 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype, name: str | 
     raise ValueError("; ".join(reasons))
 
 
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATION_NAMES:
-        raise ValueError(f"activation must be one of {ACTIVATION_NAMES}, got {activation!r}")
+def moe_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation called `name`; ValueError for an unknown one."""
+    if name not in ops.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ops.ACTIVATIONS)}, got {name!r}")
+    return ops.ACTIVATIONS[name].forward
 
 
-def _check_tensors(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> None:
+def _check_tensors(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, num_experts: int
+) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit together; x is [T, H] already."""
     T, H = x.shape
     if w13.ndim != 3 or w13.shape[0] != num_experts or w13.shape[2] != H or w13.shape[1] % 2:
@@ -92,7 +95,9 @@ def _check_tensors(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, top
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_weights.shape != topk_ids.shape:
-        raise ValueError(f"topk_weights must have the shape of topk_ids {tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}")
+        raise ValueError(
+            f"topk_weights must have the shape of topk_ids {tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}"
+        )
     if not topk_weights.is_floating_point():
         raise ValueError(f"topk_weights must be floating point, got {topk_weights.dtype}")
     for name, tensor in (("w13", w13), ("w2", w2)):
@@ -132,7 +137,7 @@ def moe_ffn(
     activation: str = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """The weighted sums of the planned FFN rows plus the affine terms (alpha_T, beta_TC, value_CH): [T, H] in x's dtype.
+    """The weighted sums of the planned FFN rows plus the affine terms (alpha_T, beta_TC, value_CH): [T, H].
 
     See zemoe.ops.moe_ffn for shapes and dtypes, which are not checked here again.
     """
@@ -161,7 +166,8 @@ def fused_experts(
     Args:
         hidden_states: [..., H], float32, bfloat16, float16 or float64.
         w13: [E, 2I, H], gate rows first, of the same dtype. w2: [E, H, I], likewise.
-        topk_weights: [T, K] float (computed in float32; float64 with float64 hidden states), T the product of the leading sizes.
+        topk_weights: [T, K] float, computed in float32 (float64 with float64 hidden states); T is the product of
+            the leading sizes.
         topk_ids: [T, K] int32 or int64. Ids 0..E-1 are FFN experts, from E on zero-computation experts, -1 is skipped.
         num_experts: E.
         zero_expert_kinds: (kind, count) pairs in id order, or one kind for all ids from E on.
@@ -189,7 +195,7 @@ def fused_experts(
         count = 0 if learned is None else learned.shape[0]
         kinds, num_slots = _kinds_and_bound(((zero_expert_kinds, count),), num_experts)
     check_kinds(kinds)
-    _check_activation(activation)
+    moe_activation(activation)
     x_TH, w13, w2 = _autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), w13, w2)
     check_params(kinds, params, x_TH.shape[1])
     _check_tensors(x_TH, w13, w2, topk_weights, topk_ids, num_experts)

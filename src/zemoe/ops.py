@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, grouped, topk
+from .kernels.activations import ACTIVATIONS
 
 _LIBRARY = torch.library.Library("zemoe", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -147,7 +148,18 @@ def moe_ffn(
     trained = (x_TH, weights_TK, w13, w2)
     save_preact = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     return torch.ops.zemoe.moe_ffn(
-        x_TH, weights_TK, row_token_N, slot_row_TK, expert_offsets, w13, w2, alpha_T, beta_TC, value_CH, activation, save_preact
+        x_TH,
+        weights_TK,
+        row_token_N,
+        slot_row_TK,
+        expert_offsets,
+        w13,
+        w2,
+        alpha_T,
+        beta_TC,
+        value_CH,
+        activation,
+        save_preact,
     )[0]
 
 
@@ -184,3 +196,5 @@ def _grouped_linear_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor |
 torch.library.register_autograd("zemoe::grouped_linear", _grouped_linear_autograd, setup_context=_save_inputs)
 
 moe_ffn_grouped = grouped.moe_ffn
+
+__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_grouped", "plan", "topk_ids"]

@@ -40,5 +40,7 @@ def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int | None = Non
     """
     check_count("num_experts", num_experts, 0)
     if topk_ids_MK.ndim != 2 or topk_ids_MK.is_floating_point() or topk_ids_MK.is_complex():
-        raise ValueError(f"topk_ids must be an integer [M, K] tensor, got {topk_ids_MK.dtype} {tuple(topk_ids_MK.shape)}")
+        raise ValueError(
+            f"topk_ids must be an integer [M, K] tensor, got {topk_ids_MK.dtype} {tuple(topk_ids_MK.shape)}"
+        )
     return RoutingPlan(*ops.plan(topk_ids_MK, num_experts, -1 if num_slots is None else num_slots))

@@ -44,10 +44,24 @@ def _elementwise(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
     return scores
 
 
+# Both scores below are built on logsigmoid: torch.sigmoid and F.softplus round the last elements of a vector loop
+# differently on CPUs, so that equal logits would not tie.
+
+
+def _sigmoid(logits_TA: Tensor) -> Tensor:
+    return F.logsigmoid(logits_TA).exp()
+
+
+def _sqrtsoftplus(logits_TA: Tensor) -> Tensor:
+    softplus = -F.logsigmoid(-logits_TA)
+    # The root has no derivative at 0, where a masked slot is: that slot gets 0 instead of NaN.
+    return softplus.clamp(min=torch.finfo(softplus.dtype).tiny).sqrt().masked_fill(softplus == 0, 0.0)
+
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": _softmax,
-    "sigmoid": _elementwise(torch.sigmoid),
-    "sqrtsoftplus": _elementwise(lambda logits_TA: F.softplus(logits_TA).sqrt()),
+    "sigmoid": _elementwise(_sigmoid),
+    "sqrtsoftplus": _elementwise(_sqrtsoftplus),
 }
 
 
@@ -135,6 +149,11 @@ def select_experts(
     _check_scoring(scoring_func)
     mode = renormalize_mode(renormalize)
     kinds = expand_kinds(zero_expert_kinds)
+    if kinds and num_experts + sum(count for _, count in kinds) != num_slots:
+        raise ValueError(
+            f"zero_expert_kinds must name the {num_slots - num_experts} slots of logits_TA ({num_slots}) beyond "
+            f"num_experts={num_experts}, got {kinds}"
+        )
     check_groups(num_expert_group, topk_group, num_slots, top_k, e_score_correction_bias is not None)
 
     logits_TA = logits_TA.float()
@@ -180,7 +199,9 @@ class Router(nn.Module):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, config: MoEConfig, *, bias: bool = False, tied_null: bool = False, gating_residual: bool = False) -> None:
+    def __init__(
+        self, config: MoEConfig, *, bias: bool = False, tied_null: bool = False, gating_residual: bool = False
+    ) -> None:
         super().__init__()
         _check_scoring(config.scoring_func)
         if tied_null and not config.num_zero_experts:
@@ -195,7 +216,9 @@ class Router(nn.Module):
             nn.init.zeros_(self.residual.weight)
         self.selector = Selector()
 
-    def project(self, x_TH: Tensor, prev_logits: Tensor | None = None, extra_RH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def project(
+        self, x_TH: Tensor, prev_logits: Tensor | None = None, extra_RH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [T, A], and the products of x with R extra rows [T, R] that ride along in the same GEMM."""
         if prev_logits is not None and self.residual is None:
             raise ValueError("prev_logits was given, but this router has no gating residual (gating_residual=True)")
@@ -213,7 +236,9 @@ class Router(nn.Module):
                 logits = torch.cat([logits[:, :E], logits[:, E:].expand(-1, Z)], dim=-1)
             if prev_logits is not None and self.residual is not None:
                 if prev_logits.shape != logits.shape:
-                    raise ValueError(f"prev_logits must have shape {tuple(logits.shape)}, got {tuple(prev_logits.shape)}")
+                    raise ValueError(
+                        f"prev_logits must have shape {tuple(logits.shape)}, got {tuple(prev_logits.shape)}"
+                    )
                 logits = logits + F.linear(prev_logits.float(), self.residual.weight.float())
         return logits, extra
 
@@ -298,7 +323,9 @@ def observe(model: nn.Module) -> Iterator[Observed]:
     """
     routers = [(name, module) for name, module in model.named_modules() if isinstance(module, RoutingModule)]
     if not routers:
-        raise ValueError(f"model must contain zemoe routing layers to be observed, got {type(model).__name__} without any")
+        raise ValueError(
+            f"model must contain zemoe routing layers to be observed, got {type(model).__name__} without any"
+        )
     seen = Observed()
 
     def start(module: nn.Module, args: tuple) -> None:

@@ -1,0 +1,127 @@
+"""MoE: the whole block for people who build models: router, experts, zero-computation experts and shared experts.
+
+T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, C constant experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .affine import AffineParams, check_kinds, count_kind
+from .config import MoEConfig
+from .experts import fused_experts, moe_activation
+from .routing import Router, Routing
+
+
+class SharedExperts(nn.Module):
+    """A gated FFN that every token passes, optionally weighed by sigmoid(w_g x) (Qwen2-MoE).
+
+    Args:
+        hidden_size: H. intermediate_size: its width. activation: as in MoEConfig. gated: add the sigmoid gate.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, gated: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation = moe_activation(activation)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, 1, bias=False) if gated else None
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        gate, up = self.gate_up_proj(x_TH).chunk(2, dim=-1)
+        y_TH = self.down_proj(self.activation(gate) * up)
+        return y_TH if self.gate is None else torch.sigmoid(self.gate(x_TH)) * y_TH
+
+
+class MoE(nn.Module):
+    """A zero-expert MoE block: hidden states in, hidden states out (SPEC sections 1 and 2).
+
+    Args:
+        config: MoEConfig.
+        router_bias, tied_null, gating_residual: see zemoe.routing.Router.
+        shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
+        dtype: of the expert weights; the router and the affine parameters are float32.
+
+    Parameters: `w13 [E, 2I, H]`, `w2 [E, H, I]`, `router.classifier.weight`, and where there are experts of that kind
+    `constant_router [C, 2, H]`, `constant_value [C, H]`, `scale [S]`. All are initialised: normal with a standard
+    deviation of `init_std`, scales at 1.
+
+    Raises:
+        ValueError: for an unknown kind, score or activation, and what MoEConfig refuses.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        router_bias: bool = False,
+        tied_null: bool = False,
+        gating_residual: bool = False,
+        shared_intermediate_size: int = 0,
+        shared_gated: bool = False,
+        dtype: torch.dtype | None = None,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        check_kinds(config.zero_expert_kinds)
+        moe_activation(config.activation)
+        self.config = config
+        self.router = Router(config, bias=router_bias, tied_null=tied_null, gating_residual=gating_residual)
+        E, H, width = config.num_experts, config.hidden_size, config.intermediate_size
+        C = count_kind(config.zero_expert_kinds, "constant")
+        S = count_kind(config.zero_expert_kinds, "scaled_identity")
+        self.w13 = nn.Parameter(torch.empty(E, 2 * width, H, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(E, H, width, dtype=dtype))
+        self.constant_router = nn.Parameter(torch.empty(C, 2, H, dtype=torch.float32)) if C else None
+        self.constant_value = nn.Parameter(torch.empty(C, H, dtype=torch.float32)) if C else None
+        self.scale = nn.Parameter(torch.ones(S, dtype=torch.float32)) if S else None
+        self.shared_experts = (
+            SharedExperts(H, shared_intermediate_size, config.activation, gated=shared_gated)
+            if shared_intermediate_size
+            else None
+        )
+        for parameter in (self.w13, self.w2, self.router.classifier.weight, self.constant_router, self.constant_value):
+            if parameter is not None:
+                nn.init.normal_(parameter, std=init_std)
+
+    def forward(
+        self, hidden_states: Tensor, prev_logits: Tensor | None = None, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """hidden_states [..., H] to [..., H]; with return_routing also the Routing over the T flattened tokens.
+
+        Args:
+            prev_logits: [T, A] logits of the layer before (`routing.logits_TA`), for a gating residual.
+
+        Raises:
+            ValueError: for a shape that does not fit, naming the argument.
+        """
+        config = self.config
+        if hidden_states.ndim < 1 or hidden_states.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"hidden_states must have shape [..., H={config.hidden_size}], got {tuple(hidden_states.shape)}"
+            )
+        x_TH = hidden_states.reshape(-1, config.hidden_size)
+        # The constant experts' own small router rides along in the classifier's product.
+        rows = None if self.constant_router is None else self.constant_router.flatten(0, 1)
+        logits_TA, constant = self.router.project(x_TH, prev_logits, rows)
+        routing = self.router.select(logits_TA)
+        y_TH = fused_experts(
+            x_TH,
+            self.w13,
+            self.w2,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            num_experts=config.num_experts,
+            zero_expert_kinds=config.zero_expert_kinds,
+            affine_params=AffineParams(self.constant_router, self.constant_value, self.scale),
+            activation=config.activation,
+            constant_logits=None if rows is None else constant.unflatten(1, (-1, 2)),
+        )
+        if self.shared_experts is not None:
+            y_TH = y_TH + self.shared_experts(x_TH)
+        y = y_TH.view(hidden_states.shape)
+        return (y, routing) if return_routing else y
