@@ -1,7 +1,8 @@
 """Load balance: counts from observed routing, LongCat's balance loss, and the controller of the selection bias.
 
-T tokens, E FFN experts, A = E + Z slots, K choices, K_e FFN experts a token wanted, D groups of FFN experts. All
-of it is called by the trainer from what `zemoe.observe` collected; nothing happens inside a layer's forward (SPEC section 5).
+T tokens, E FFN experts, A = E + Z slots, K choices, K_e FFN experts a token wanted, D groups of FFN experts.
+All of it is called by the trainer from what `zemoe.observe` collected; nothing happens inside forward
+(SPEC section 5).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 class _Memo(threading.local):
-    """Routing handed from the caller to the layer, one per thread; a copied or unpickled layer starts with an empty one."""
+    """Routing handed from the caller to the layer, one per thread; a copied layer starts with an empty one."""
 
     def __init__(self) -> None:
         self.routed: tuple[Tensor, Tensor] | None = None
@@ -181,7 +181,7 @@ class FusedMoE(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        """The layer's output for hidden_states [..., H] and full router_logits [..., A]: [..., H], same dtype and device.
+        """The output [..., H] for hidden_states [..., H] and full router_logits [..., A]; same dtype and device.
 
         Raises:
             ValueError: for a shape, dtype or device that does not fit, naming the argument.
@@ -195,7 +195,7 @@ class FusedMoE(nn.Module):
             raise ValueError(f"router_logits must have shape {needed} (all slots), got {tuple(router_logits.shape)}")
         if router_logits.device != hidden_states.device:
             raise ValueError(
-                f"router_logits must be on the device of hidden_states {hidden_states.device}, got {router_logits.device}"
+                f"router_logits must be on {hidden_states.device} like hidden_states, got {router_logits.device}"
             )
         routing = self.route(hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_slots))
         return fused_experts(
@@ -224,11 +224,12 @@ class FusedMoE(nn.Module):
         Args:
             param: w13_weight or w2_weight. loaded_weight: [I, H] for "w1" and "w3", [H, I] for "w2".
             weight_name: the checkpoint's name of it, for messages.
-            shard_id: "w1" (gate), "w3" (up) or "w2" (down). expert_id: 0..A-1; one of a zero-computation expert is skipped.
+            shard_id: "w1" (gate), "w3" (up) or "w2" (down). expert_id: 0..A-1; an id
+                >= E (a zero-computation expert) is skipped.
             return_success: return whether something was copied.
 
         Raises:
-            ValueError: for an unknown shard_id, a negative expert_id, a shape that does not fit, or a shard of the other parameter.
+            ValueError: for an unknown shard_id, a negative expert_id, a wrong shape, or the other parameter.
         """
         if shard_id not in ("w1", "w2", "w3"):
             raise ValueError(f"shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r} for {weight_name}")
@@ -257,7 +258,7 @@ class FusedMoE(nn.Module):
     def make_expert_params_mapping(
         ckpt_gate_proj_name: str, ckpt_down_proj_name: str, ckpt_up_proj_name: str, num_experts: int
     ) -> list[tuple[str, str, int, str]]:
-        """(parameter prefix, checkpoint prefix, expert id, shard id) of every expert matrix, as engines' loaders use it."""
+        """(parameter prefix, checkpoint prefix, expert id, shard id) of each expert matrix, for engines' loaders."""
         shards = (("w1", ckpt_gate_proj_name), ("w2", ckpt_down_proj_name), ("w3", ckpt_up_proj_name))
         return [
             (f"experts.{'w2' if shard == 'w2' else 'w13'}_", f"experts.{expert}.{name}.", expert, shard)
@@ -290,6 +291,9 @@ class ZeroExpertFusedMoE(FusedMoE):
     Raises:
         ValueError: as FusedMoE; for a custom_routing_function, because this class manages its own routing.
     """
+
+    _kinds: ZeroExpertKinds
+    router: nn.Module | None
 
     def __init__(
         self,
@@ -398,7 +402,7 @@ class ZeroExpertFusedMoE(FusedMoE):
             before[name] = (name in target.__dict__, target.__dict__.get(name))
         try:
             for name, value in attrs.items():
-                # Past nn.Module.__setattr__, which refuses a tensor in place of a parameter and which Dynamo cannot trace.
+                # Past nn.Module.__setattr__, which refuses a tensor for a parameter and which Dynamo cannot trace.
                 object.__setattr__(target, name, value)
             yield
         finally:
@@ -409,4 +413,5 @@ class ZeroExpertFusedMoE(FusedMoE):
                     object.__delattr__(target, name)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, zero_expert_num={self.zero_expert_num}, zero_expert_type={self.zero_expert_type!r}"
+        own = f"zero_expert_num={self.zero_expert_num}, zero_expert_type={self.zero_expert_type!r}"
+        return f"{super().extra_repr()}, {own}"

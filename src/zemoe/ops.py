@@ -1,4 +1,4 @@
-"""The library's operators: `torch.ops.zemoe.*` with shapes for tracing and hand-written gradients. Tensors only at this boundary.
+"""The library's operators: `torch.ops.zemoe.*` with shapes for tracing and hand-written gradients.
 
 T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, N = T * K row bound, C constant experts.
 
@@ -76,8 +76,8 @@ def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor,
 # --- moe_ffn: x and weights to weighted sums, in one differentiable op ---
 
 _define(
-    "moe_ffn(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor w13, Tensor w2, "
-    "Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)"
+    "moe_ffn(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor w13, "
+    "Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)"
 )
 _define(
     "moe_ffn_backward(Tensor grad, Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, "
@@ -143,7 +143,8 @@ def moe_ffn(
     """y_t = sum_k w_tk * down(act(gate(x_t)) * up(x_t)) + alpha_t x_t + beta_t @ V, over the choices that have a row.
 
     x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype; weights, alpha and beta float32 (float64 with float64 x);
-    value [C, H]; the plan's tensors as in zemoe.plan. Returns [T, H] in x's dtype. Differentiable in every float argument.
+    value [C, H]; the plan's tensors as in zemoe.plan. Returns [T, H] in x's dtype. Differentiable in all
+    float arguments.
     """
     trained = (x_TH, weights_TK, w13, w2)
     save_preact = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)

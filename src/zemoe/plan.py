@@ -1,6 +1,7 @@
 """RoutingPlan: which rows the FFN experts compute. Integers only, no gradients, made on the device.
 
-M tokens with K choices each, E FFN experts, N = M * K, a static bound on the rows, so that no size has to travel to the host.
+M tokens with K choices each, E FFN experts, N = M * K, a static bound on the rows, so that no size has to
+travel to the host.
 """
 
 from __future__ import annotations

@@ -125,14 +125,15 @@ def select_experts(
         num_experts: E; slots from E on are zero-computation experts.
         zero_expert_kinds: (kind, count) in id order; only renormalize="nonnull" looks at the kinds.
         scoring_func: a name in SCORES.
-        renormalize: "none" (LongCat), "all" (ZEDA), "real" (AdaMoE), "nonnull" (MoE++), or True / False for "all" / "none".
+        renormalize: "none" (LongCat), "all" (ZEDA), "real" (AdaMoE), "nonnull" (MoE++), or True / False
+            for "all" / "none".
         e_score_correction_bias: [A] or [E], added for the selection only. No gradient.
         routed_scaling_factor: multiplies all weights.
         num_expert_group, topk_group: the group limit of DeepSeek-V3, or None.
 
     Returns:
         (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A slot with logit -inf is
-        chosen only where fewer than K others remain. A token with a NaN or +inf logit, or with nothing but -inf, gets NaN weights.
+        chosen only where fewer than K others remain. A token with a NaN or +inf logit, or nothing but -inf, gets NaN weights.
 
     Raises:
         ValueError: for a shape, name or count that does not fit, naming it.

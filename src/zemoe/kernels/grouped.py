@@ -1,8 +1,8 @@
 """The `torch` backend: sort and `torch.nn.functional.grouped_mm`, on any device.
 
-T tokens, H hidden size, I expert width, O rows of a weight, E FFN experts, K choices, N = T * K, the static bound on the
-rows. In bfloat16 nothing here waits for the device: rows past the last offset are gathered but multiplied by nobody, and
-what grouped_mm leaves in them is masked.
+T tokens, H hidden size, I expert width, O rows of a weight, E FFN experts, K choices, N = T * K, the static bound on
+the rows. In bfloat16 nothing here waits for the device: rows past the last offset are gathered but multiplied by
+nobody, and what grouped_mm leaves in them is masked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
 
 
 def _has_grouped_mm(tensor: Tensor) -> bool:
-    """torch's grouped_mm runs without waiting for the device in bfloat16 on a GPU; on a CPU in all dtypes but float64."""
+    """On a GPU torch's grouped_mm needs bfloat16 to run without waiting for it; on a CPU float64 is missing."""
     return tensor.dtype == torch.bfloat16 or (tensor.device.type == "cpu" and tensor.dtype != torch.float64)
 
 
