@@ -133,7 +133,7 @@ def select_experts(
 
     Returns:
         (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A slot with logit -inf is
-        chosen only where fewer than K others remain. A token with a NaN or +inf logit, or nothing but -inf, gets NaN weights.
+        chosen only where fewer than K others remain. A token with a NaN or +inf logit, or only -inf, gets NaN weights.
 
     Raises:
         ValueError: for a shape, name or count that does not fit, naming it.
