@@ -1,9 +1,10 @@
-"""The library on a CUDA device: values and gradients against the reference, edges, determinism, graphs, no host sync."""
+"""The library on a CUDA device: values and gradients against the reference, edges, determinism, graphs, no sync."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from judge import BY_NAME, CASES, Case, assert_bitwise, check_selection, judge
 from zemoe import AffineParams, ZeroExpertFusedMoE, fused_experts, reference, select_experts
 from zemoe.plan import make_plan
