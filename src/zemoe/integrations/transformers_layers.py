@@ -1,0 +1,157 @@
+"""LongCat-Flash's MoE layer for transformers, computed by zemoe: what `transformers.py` puts in stock's place.
+
+Module, parameter and attribute names are stock's, and each class is a subclass of stock's, so that output recorders,
+weight initialisation, parallel plans and checkpoints find what they look for.
+
+H hidden size, I expert width, E FFN experts, A slots (E and the zero experts), K choices, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from transformers.activations import ACT2FN
+    from transformers.models.longcat_flash import modeling_longcat_flash as modeling
+except ImportError as error:
+    raise ImportError(
+        f"zemoe.integrations.transformers needs transformers >= 5.17 with LongCat-Flash ({error})"
+    ) from None
+
+from ..checkpoint import check_config
+from ..config import MoEConfig
+from ..experts import fused_experts
+from ..routing import Routing, RoutingModule, select_experts
+
+StockExperts = modeling.LongcatFlashExperts
+StockMoE = modeling.LongcatFlashMoE
+StockRouter = modeling.LongcatFlashTopkRouter
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def layer_config(config: Any) -> MoEConfig:
+    """The MoEConfig of a LongcatFlashConfig's MoE layers.
+
+    Raises ValueError naming the entry for what the layers can't compute: quantized weights, another zero_expert_type,
+    an unknown hidden_act, counts that make no sense.
+    """
+    check_config(dict(vars(config), model_type=config.model_type), type(config).__name__)
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {sorted(_ACTIVATIONS)}, got {config.hidden_act!r}")
+    return MoEConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.expert_ffn_hidden_size,
+        num_experts=config.n_routed_experts,
+        top_k=config.moe_topk,
+        zero_expert_kinds=(("identity", config.zero_expert_num),),
+        routed_scaling_factor=float(config.routed_scaling_factor),
+        activation=_ACTIVATIONS[config.hidden_act],
+    )
+
+
+class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
+    """The router: float32 whatever the dtype of the model, its Routing visible to `zemoe.observe`.
+
+    Parameter and buffer names are stock's. They stay float32 when the model is cast (`.to(torch.bfloat16)`, `.half()`):
+    bfloat16 keeps 8 bits of a selection bias whose updates are smaller than that, and moves tokens to other experts.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Make a stock router ours, in place; the very same Parameter, now float32."""
+        self.classifier.weight.data = self.classifier.weight.data.float()
+        if self.classifier.weight.grad is not None:
+            self.classifier.weight.grad = self.classifier.weight.grad.float()
+        self.e_score_correction_bias = self.e_score_correction_bias.float()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == torch.float32 else tensor.to(device=new.device, dtype=torch.float32)
+
+        return super()._apply(moved, recurse)
+
+    def forward(self, hidden_states: Tensor) -> Routing:
+        """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            x_TH = hidden_states.reshape(-1, self.hidden_dim).float()
+            logits_TA = F.linear(x_TH, self.classifier.weight.float())
+        weights_TK, ids_TK = select_experts(
+            logits_TA,
+            self.top_k,
+            num_experts=self.num_experts,
+            e_score_correction_bias=self.e_score_correction_bias,
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
+        return Routing(logits_TA, weights_TK, ids_TK)
+
+
+class ZeroExpertLongcatExperts(StockExperts):
+    """The experts: `gate_up_proj` [E, 2I, H] without rows for zero experts, `down_proj` [E, H, I], one fused op.
+
+    The identity experts' weights go through `identity_expert`, where a tensor-parallel plan divides by the number of
+    ranks, so that the sum over ranks holds the identity term once.
+    """
+
+    backend: str | None
+    activation: str
+
+    def __init__(self, config: Any) -> None:
+        nn.Module.__init__(self)  # stock's would allocate rows for the zero experts
+        layer = layer_config(config)
+        self.intermediate_size = layer.intermediate_size
+        self.hidden_size = layer.hidden_size
+        self.num_routed_experts = layer.num_experts
+        self.zero_expert_num = layer.num_zero_experts
+        self.total_experts = layer.num_slots
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.identity_expert = nn.Identity()
+        self.gate_up_proj = nn.Parameter(torch.empty(layer.num_experts, 2 * layer.intermediate_size, layer.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(layer.num_experts, layer.hidden_size, layer.intermediate_size))
+        self.adopt(config)
+
+    def adopt(self, config: Any) -> None:
+        """Make stock experts ours, in place, but for their dead rows."""
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.backend = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: [T, H]; top_k_index, top_k_weights: [T, K]. The weighted sums, [T, H]."""
+        identity_weights = self.identity_expert(top_k_weights)
+        if identity_weights is not top_k_weights:
+            top_k_weights = torch.where(top_k_index < self.num_routed_experts, top_k_weights, identity_weights)
+        return fused_experts(
+            hidden_states,
+            self.gate_up_proj,
+            self.down_proj,
+            top_k_weights,
+            top_k_index,
+            num_experts=self.num_routed_experts,
+            zero_expert_kinds=(("identity", self.zero_expert_num),),
+            activation=self.activation,
+            backend=self.backend,
+        )
+
+
+class ZeroExpertLongcatMoE(StockMoE):
+    """A LongCat-Flash MoE layer: routed once, computed by `zemoe.fused_experts`."""
+
+    def __init__(self, config: Any) -> None:
+        nn.Module.__init__(self)
+        self.intermediate_size = config.expert_ffn_hidden_size
+        self.config = config
+        self.experts = ZeroExpertLongcatExperts(config)
+        self.router = ZeroExpertLongcatRouter(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [..., H]; the same shape and dtype out."""
+        _, topk_weights, topk_ids = self.router(hidden_states)
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.experts(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
