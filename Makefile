@@ -3,27 +3,44 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/pip --quiet --disable-pip-version-check
+# The oldest transformers that we support, beside the newest in the environment itself.
+OLDEST := $(VENV)/transformers-5.17.0
 
-.PHONY: run test test-gpu bench check docs clean
+.PHONY: run test test-oldest test-gpu bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
 
-test: $(READY)
+test: $(READY) test-oldest
 	$(BIN)/python -m pytest
 
+test-oldest: $(READY) $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_checkpoint.py
+
+# Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu --require-gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu --require-gpu
+
+bench: $(READY)
+	$(BIN)/python benchmarks/cpu_layer.py
 
 check: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 clean:
 	rm -rf $(VENV) build dist
 
-# torch comes first and alone: the pinned version keeps a later, much larger build from being pulled in as a dependency.
+# torch comes first and alone: with it in place no later step pulls in a much larger build as a dependency.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+$(OLDEST): $(READY)
+	rm -rf $@ $@.partial
+	$(PIP) install --target $@.partial transformers==5.17.0
+	mv $@.partial $@
