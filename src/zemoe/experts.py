@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .affine import AffineParams, affine_coefficients, check_kinds, check_params
-from .config import ZeroExpertKinds, expand_kinds
+from .config import ZeroExpertKinds, check_count, expand_kinds
 from .plan import RoutingPlan, make_plan
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,7 +120,7 @@ def _kinds_and_bound(kinds: str | Sequence[tuple[str, int]], num_experts: int) -
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as it would do for a matmul."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -188,12 +188,14 @@ def fused_experts(
         raise ValueError(
             f"hidden_states must be a float [..., H] tensor, got {hidden_states.dtype} {tuple(hidden_states.shape)}"
         )
+    check_count("num_experts", num_experts, 0)
     params = affine_params or AffineParams()
     kinds, num_slots = _kinds_and_bound(zero_expert_kinds, num_experts)
     if isinstance(zero_expert_kinds, str) and zero_expert_kinds in ("constant", "scaled_identity"):
         learned = params.constant_value if zero_expert_kinds == "constant" else params.scale
-        count = 0 if learned is None else learned.shape[0]
-        kinds, num_slots = _kinds_and_bound(((zero_expert_kinds, count),), num_experts)
+        if learned is None:
+            raise ValueError(f"affine_params must hold what the kind {zero_expert_kinds!r} learns, got {affine_params}")
+        kinds, num_slots = _kinds_and_bound(((zero_expert_kinds, learned.shape[0]),), num_experts)
     check_kinds(kinds)
     moe_activation(activation)
     x_TH, w13, w2 = _autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), w13, w2)

@@ -35,9 +35,10 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
     """`matrix` with zeros appended in `dims` until its strides suit grouped_mm; itself where they already do."""
     multiple = _ALIGN_BYTES // matrix.element_size()
     missing = [-matrix.shape[dim] % multiple if dim in dims else 0 for dim in range(matrix.ndim)]
-    if not any(missing):
-        return matrix
-    return F.pad(matrix, [n for missing_of_dim in reversed(missing) for n in (0, missing_of_dim)])
+    if any(missing):
+        return F.pad(matrix, [n for missing_of_dim in reversed(missing) for n in (0, missing_of_dim)])
+    inner, outer = sorted(matrix.stride()[-2:])
+    return matrix if inner == 1 and outer % multiple == 0 else matrix.contiguous()
 
 
 def _has_grouped_mm(tensor: Tensor) -> bool:
