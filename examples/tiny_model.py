@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-from corpus import END_OF_TEXT, STYLES
+from corpus import END_OF_TEXT, STYLES, Document, build
 from zemoe.checkpoint import original_layout
 from zemoe.integrations.transformers import applied
 from zemoe.routing import Observed
@@ -199,6 +199,21 @@ def to_rows(tokens: Tensor, context: int, begin: int, size: int) -> tuple[Tensor
     style = style[begin : begin + size].view(-1, context)
     inputs = torch.cat([style[:, :1], targets[:, :-1]], dim=1)
     return inputs, targets.masked_fill(is_style(targets), IGNORE)
+
+
+def smoke_corpus(folder: Path) -> Path:
+    """A made-up language with an easy grammar, in four styles: learnable in seconds, and in no package."""
+    words = {style: [f"{style[:2]}{part}" for part in ("ba", "do", "ki", "lu", "me", "no")] for style in STYLES}
+    documents = []
+    for style in STYLES:
+        for number in range(150):
+            count = 30 + number % 7
+            text = " ".join(words[style][(number + i * i) % len(words[style])] for i in range(count)) + "."
+            documents.append(Document(style, f"{number}", f"{number} {text}"))
+    manifest = build(documents, folder, vocab_size=384)
+    manifest["archives"] = {}
+    write_json(folder / "manifest.json", manifest)
+    return folder
 
 
 # ---- score ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 
 import tiny_card
-from corpus import STYLES, Document, build
+from corpus import STYLES
 from tiny_model import (
     IGNORE,
     SMOKE,
@@ -50,6 +50,7 @@ from tiny_model import (
     parameter_counts,
     save_atomically,
     save_shards,
+    smoke_corpus,
     write_json,
 )
 from zemoe.balance import longcat_balance_loss, slot_counts, update_longcat_bias_
@@ -334,22 +335,7 @@ def finish(run: Run, seen: Observed) -> dict[str, Any]:
     return summary
 
 
-def smoke_corpus(folder: Path) -> Path:
-    """A made-up language with an easy grammar, in four styles: learnable in seconds, and in no package."""
-    words = {style: [f"{style[:2]}{part}" for part in ("ba", "do", "ki", "lu", "me", "no")] for style in STYLES}
-    documents = []
-    for style in STYLES:
-        for number in range(150):
-            count = 30 + number % 7
-            text = " ".join(words[style][(number + i * i) % len(words[style])] for i in range(count)) + "."
-            documents.append(Document(style, f"{number}", f"{number} {text}"))
-    manifest = build(documents, folder, vocab_size=384)
-    manifest["archives"] = {}
-    write_json(folder / "manifest.json", manifest)
-    return folder
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train, export and describe the embedded model.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("train", help="one run; --baseline top4 for the model without zero experts")
@@ -366,7 +352,7 @@ def main() -> None:
     add.add_argument("--warmup", type=int, default=150)
     add.add_argument("--dropout", type=float, default=0.1)
     add.add_argument("--balance", type=float, default=1e-3, help="coefficient of the group loss")
-    add.add_argument("--bias-rate", type=float, default=0.1, help="step of the bias controller at the peak rate")
+    add.add_argument("--bias-rate", type=float, default=0.2, help="step of the bias controller at the peak rate")
     add.add_argument("--weight-decay", type=float, default=0.1)
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -375,16 +361,15 @@ def main() -> None:
     add.add_argument("--eval-every", type=int, default=100)
     add.add_argument("--save-every", type=int, default=500)
     tiny_card.add_commands(commands)
-    arguments = parser.parse_args()
-    if arguments.command == "train":
-        run_train(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "train":
+        run_train(parsed)
     else:
-        arguments.run(arguments)
+        parsed.run(parsed)
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     settings = Settings(
         baseline=arguments.baseline,
         smoke=arguments.smoke,
