@@ -7,7 +7,7 @@ from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 # E = 5 FFN and Z = 3 zero experts: odd, so that a mix-up of E, Z and A shows; two layers, so that one may be wrong.
 SIZES = {
-    "vocab_size": 97,
+    "vocab_size": 96,
     "hidden_size": 32,
     "num_layers": 2,
     "num_attention_heads": 2,
@@ -35,18 +35,17 @@ def tiny_config(**changes) -> LongcatFlashConfig:
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, **changes) -> LongcatFlashForCausalLM:
-    """Random weights, and a selection bias that changes who is chosen. Built with whatever layers transformers has now."""
+    """Random weights, and a selection bias that changes who is chosen; with whatever layers transformers has now."""
     torch.manual_seed(0)
     model = LongcatFlashForCausalLM(tiny_config(**changes))
     generator = torch.Generator().manual_seed(1)
     for layer in model.model.layers:
         router = layer.mlp.router
-        router.classifier.weight.data.copy_(torch.randn(router.classifier.weight.shape, generator=generator) * 0.3)
-        router.e_score_correction_bias.copy_(
-            torch.randn(router.e_score_correction_bias.shape, generator=generator) * 0.05
-        )
+        weight, bias = router.classifier.weight.data, router.e_score_correction_bias
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        bias.copy_(torch.randn(bias.shape, generator=generator) * 0.05)
     return model.to(dtype).eval()
 
 
 def tiny_ids(batch: int = 2, length: int = 11) -> torch.Tensor:
-    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(2))
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(2))

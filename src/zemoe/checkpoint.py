@@ -149,7 +149,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _expert_shapes(config: Mapping[str, Any], layout: str) -> dict[str, tuple[int, ...]]:
-    H, I = config["hidden_size"], config["expert_ffn_hidden_size"]  # noqa: E741
+    H, I = config["hidden_size"], config["expert_ffn_hidden_size"]
     E = config["n_routed_experts"]
     A = E + config["zero_expert_num"]
     if layout == "packed":
@@ -246,7 +246,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     path = Path(path)
     size, start, length, header = _read_start(path)
     if not isinstance(header, dict):
-        if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):  # zip, pickle protocol
             raise CheckpointError(f"{path}: holds pickled weights under another name; refused, nothing was loaded")
         raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header length {length})")
     tensors: dict[str, TensorInfo] = {}
