@@ -127,6 +127,14 @@ def _moe_ffn_autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | Non
 torch.library.register_autograd("zemoe::moe_ffn", _moe_ffn_autograd, setup_context=_setup_context)
 
 
+def _no_second_derivative(ctx, *grads: Tensor) -> None:
+    raise RuntimeError("moe_ffn has no second derivative, its backward is written out by hand; use backend='torch'")
+
+
+# Without this, torch would leave the term out of a second derivative and only warn.
+torch.library.register_autograd("zemoe::moe_ffn_backward", _no_second_derivative)
+
+
 def moe_ffn(
     x_TH: Tensor,
     weights_TK: Tensor,
@@ -164,7 +172,42 @@ def moe_ffn(
     )[0]
 
 
-# --- grouped_linear, grouped_outer: what the `torch` backend is made of ---
+# --- gather_rows, sum_rows, grouped_linear, grouped_outer: what the `torch` backend is made of ---
+
+_define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
+_define("sum_rows(Tensor rows, Tensor slot_row, Tensor row_token) -> Tensor")
+torch.library.impl("zemoe::gather_rows", "CompositeExplicitAutograd", grouped.gather_rows)
+torch.library.impl("zemoe::sum_rows", "CompositeExplicitAutograd", grouped.sum_rows)
+
+
+@torch.library.register_fake("zemoe::gather_rows")
+def _gather_rows_fake(x: Tensor, row_token: Tensor, slot_row: Tensor) -> Tensor:
+    return x.new_empty((row_token.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("zemoe::sum_rows")
+def _sum_rows_fake(rows: Tensor, slot_row: Tensor, row_token: Tensor) -> Tensor:
+    return rows.new_empty((slot_row.shape[0], rows.shape[1]), dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+# Each is the other's backward. Plain indexing would add the many rows of nobody to one token, one after the other.
+def _save_indices(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _gather_rows_autograd(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    row_token, slot_row = ctx.saved_tensors
+    return torch.ops.zemoe.sum_rows(grad, slot_row, row_token).to(ctx.dtype), None, None
+
+
+def _sum_rows_autograd(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    slot_row, row_token = ctx.saved_tensors
+    return torch.ops.zemoe.gather_rows(grad.to(ctx.dtype), row_token, slot_row), None, None
+
+
+torch.library.register_autograd("zemoe::gather_rows", _gather_rows_autograd, setup_context=_save_indices)
+torch.library.register_autograd("zemoe::sum_rows", _sum_rows_autograd, setup_context=_save_indices)
 
 _define("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets) -> Tensor")
 _define("grouped_outer(Tensor left, Tensor right, Tensor expert_offsets) -> Tensor")
@@ -194,7 +237,15 @@ def _grouped_linear_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor |
     return drows, dweight, None
 
 
+def _grouped_outer_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    left, right, offsets = ctx.saved_tensors
+    dleft = torch.ops.zemoe.grouped_linear(right, grad, offsets) if ctx.needs_input_grad[0] else None
+    dright = torch.ops.zemoe.grouped_linear(left, grad.mT, offsets) if ctx.needs_input_grad[1] else None
+    return dleft, dright, None
+
+
 torch.library.register_autograd("zemoe::grouped_linear", _grouped_linear_autograd, setup_context=_save_inputs)
+torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd, setup_context=_save_inputs)
 
 moe_ffn_grouped = grouped.moe_ffn
 

@@ -67,13 +67,12 @@ def backward(grad, x, weights, row_token, slot_row, offsets, w13, w2, alpha, bet
         dx.index_add_(0, row_token[a:b], dh @ w13[e].to(acc))
     dweights = torch.zeros_like(weights)
     dweights[has] = drow[slot_row[has]]
-    none = x.new_empty(0)
     return (
-        dx.to(x.dtype) if needs[0] else none,
-        dweights if needs[1] else none,
-        dw13 if needs[2] else none,
-        dw2 if needs[3] else none,
-        (g * x.to(acc)).sum(-1) if needs[4] else none,
-        g @ value.to(acc).T if needs[5] else none,
-        (beta.T @ g).to(value.dtype) if needs[6] else none,
+        dx.to(x.dtype) if needs[0] else x.new_empty(0),
+        dweights if needs[1] else x.new_empty(0),
+        dw13 if needs[2] else x.new_empty(0),
+        dw2 if needs[3] else x.new_empty(0),
+        (g * x.to(acc)).sum(-1) if needs[4] else x.new_empty(0),
+        g @ value.to(acc).T if needs[5] else x.new_empty(0),
+        (beta.T @ g).to(value.dtype) if needs[6] else x.new_empty(0),
     )

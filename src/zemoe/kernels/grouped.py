@@ -49,7 +49,7 @@ def _has_grouped_mm(tensor: Tensor) -> bool:
 def linear(rows_NH: Tensor, weight_EOH: Tensor, expert_offsets: Tensor) -> Tensor:
     """[N, O]: row n times the transposed weight of its expert; 0 in the rows of no expert."""
     N, O = rows_NH.shape[0], weight_EOH.shape[1]
-    if not _has_grouped_mm(rows_NH):
+    if not N or not _has_grouped_mm(rows_NH):
         product = rows_NH.new_zeros((N, O))
         bounds = expert_offsets.tolist()
         for weight_OH, start, end in zip(weight_EOH, bounds, bounds[1:], strict=False):
@@ -65,7 +65,7 @@ def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
     """[E, O, H]: for each expert the sum over its rows of left_n (x) right_n; 0 for an expert without rows."""
     O, H = left_NO.shape[1], right_NH.shape[1]
     E = expert_offsets.shape[0] - 1
-    if not _has_grouped_mm(left_NO):
+    if not left_NO.shape[0] or not _has_grouped_mm(left_NO):
         product = left_NO.new_zeros((E, O, H))
         bounds = expert_offsets.tolist()
         for out_OH, start, end in zip(product, bounds, bounds[1:], strict=False):
@@ -75,6 +75,21 @@ def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
     product = F.grouped_mm(_aligned(left_NO, 1).T, _aligned(right_NH, 1), offs=ends_E)[:, :O, :H]
     idle_E = expert_offsets.diff() == 0
     return product.masked_fill(idle_E[:, None, None], 0.0)
+
+
+def gather_rows(x_TH: Tensor, row_token_N: Tensor, slot_row_TK: Tensor) -> Tensor:
+    """[N, H]: the token of each row."""
+    return x_TH[row_token_N]
+
+
+def sum_rows(rows_NH: Tensor, slot_row_TK: Tensor, row_token_N: Tensor) -> Tensor:
+    """[T, H]: the sum of each token's rows in the order of its choices, at least in float32.
+
+    The rows that belong to nobody must be 0: where a choice has no row (-1), row N - 1 is such a one, and -1 means that.
+    """
+    T, K = slot_row_TK.shape
+    dtype = torch.promote_types(rows_NH.dtype, torch.float32)
+    return rows_NH[slot_row_TK.reshape(-1)].view(T, K, rows_NH.shape[1]).sum(1, dtype=dtype)
 
 
 def moe_ffn(
@@ -100,9 +115,10 @@ def moe_ffn(
         target_N = torch.where(slot_row_TK < 0, N, slot_row_TK).reshape(-1)
         weight_N = weights_TK.new_zeros(N + 1).scatter(0, target_N, weights_TK.reshape(-1))[:N]
         linear = torch.ops.zemoe.grouped_linear
-        gate_NI, up_NI = linear(x_TH[row_token_N], w13, expert_offsets).to(weights_TK.dtype).chunk(2, dim=-1)
+        rows_NH = torch.ops.zemoe.gather_rows(x_TH, row_token_N, slot_row_TK)
+        gate_NI, up_NI = linear(rows_NH, w13, expert_offsets).to(weights_TK.dtype).chunk(2, dim=-1)
         # The weight is applied here, in float32, so that the sum over a token's rows is all that is left at the end.
         inner_NI = ACTIVATIONS[activation].forward(gate_NI) * up_NI * weight_N[:, None]
         out_NH = linear(inner_NI.to(x_TH.dtype), w2, expert_offsets)
-        y_TH = y_TH + F.pad(out_NH, (0, 0, 0, 1))[target_N.view_as(slot_row_TK)].sum(1, dtype=y_TH.dtype)
+        y_TH = y_TH + torch.ops.zemoe.sum_rows(out_NH, slot_row_TK, row_token_N)
     return y_TH.to(x_TH.dtype)
