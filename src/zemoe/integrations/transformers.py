@@ -119,10 +119,11 @@ def _stock_conversions(conversions: list[Any]) -> list[Any]:
 
 def _register_conversions(conversions: list[Any]) -> None:
     by_user = _MODEL_TYPE in conversion_mapping.USER_REGISTERED_MAPPINGS
-    conversion_mapping.register_checkpoint_conversion_mapping(_MODEL_TYPE, conversions, overwrite=True)
-    if not by_user:
-        # Otherwise it would count for remote code of the same model_type too.
-        conversion_mapping.USER_REGISTERED_MAPPINGS.discard(_MODEL_TYPE)
+    try:
+        conversion_mapping.register_checkpoint_conversion_mapping(_MODEL_TYPE, conversions, overwrite=True)
+    finally:
+        if not by_user:  # registering marks it, and then it would count for remote code of the same model_type too
+            conversion_mapping.USER_REGISTERED_MAPPINGS.discard(_MODEL_TYPE)
 
 
 def is_applied() -> bool:
