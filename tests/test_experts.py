@@ -313,7 +313,7 @@ class TestForm:
             function = functools.partial(run, self.CASE, backend=backend)
             if compiled:
                 torch._dynamo.reset()
-                function = torch.compile(function, fullgraph=True)
+                function = torch.compile(function, fullgraph=True, backend="aot_eager")
             out = function(inputs)
             out.square().sum().backward()
             results.append([out, *(leaf.grad for leaf in leaves)])

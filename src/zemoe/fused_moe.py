@@ -15,23 +15,23 @@ from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
 from .config import MoEConfig, ZeroExpertKinds, expand_kinds
-from .experts import fused_experts
-from .routing import Routing, Selector
+from .experts import fused_experts, moe_activation
+from .routing import Routing, Selector, check_scoring
 
 # Arguments of engines' FusedMoE that zemoe has no use for: neutral values, and what to do instead of another one.
 _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "reduce_results": ((True, False), ""),
     "quant_config": ((None,), "load dequantised weights"),
-    "tp_size": ((None, 0, 1), "shard outside of the layer"),
-    "ep_size": ((None, 0, 1), "shard outside of the layer"),
-    "dp_size": ((None, 0, 1), "run one layer per data-parallel rank"),
-    "pcp_size": ((None, 0, 1), "run one layer per rank"),
-    "apply_router_weight_on_input": ((None, False), "scale the hidden states yourself"),
-    "has_bias": ((None, False), "use experts without bias"),
+    "tp_size": ((None, False, 0, 1), "shard outside of the layer"),
+    "ep_size": ((None, False, 0, 1), "shard outside of the layer"),
+    "dp_size": ((None, False, 0, 1), "run one layer per data-parallel rank"),
+    "pcp_size": ((None, False, 0, 1), "run one layer per rank"),
+    "apply_router_weight_on_input": ((None, False, 0), "scale the hidden states yourself"),
+    "has_bias": ((None, False, 0), "use experts without bias"),
     "is_act_and_mul": ((None, True), "use gated experts"),
-    "num_redundant_experts": ((None, 0), "load balance outside of the layer"),
-    "enable_eplb": ((None, False), "load balance outside of the layer"),
-    "is_sequence_parallel": ((None, False), "gather the sequence before the layer"),
+    "num_redundant_experts": ((None, False, 0), "load balance outside of the layer"),
+    "enable_eplb": ((None, False, 0), "load balance outside of the layer"),
+    "is_sequence_parallel": ((None, False, 0), "gather the sequence before the layer"),
     "expert_mapping": ((None,), "give weight_loader the expert id"),
     "n_shared_experts": ((None, 0), "use zemoe.MoE, which has shared experts"),
     "zero_expert_num": ((None, 0), "use ZeroExpertFusedMoE"),
@@ -124,6 +124,8 @@ class FusedMoE(nn.Module):
         self.routed_scaling_factor = routed_scaling_factor
         self.activation = activation
         self._check_config()
+        check_scoring(scoring_func)
+        moe_activation(activation)
         if e_score_correction_bias is not None:
             e_score_correction_bias = e_score_correction_bias.detach()
         self.register_buffer("e_score_correction_bias", e_score_correction_bias, persistent=False)
@@ -193,6 +195,8 @@ class FusedMoE(nn.Module):
         needed = (*hidden_states.shape[:-1], self.num_slots)
         if tuple(router_logits.shape) != needed:
             raise ValueError(f"router_logits must have shape {needed} (all slots), got {tuple(router_logits.shape)}")
+        if not router_logits.is_floating_point():
+            raise ValueError(f"router_logits must be floating point, got {router_logits.dtype}")
         if router_logits.device != hidden_states.device:
             raise ValueError(
                 f"router_logits must be on {hidden_states.device} like hidden_states, got {router_logits.device}"
@@ -337,6 +341,8 @@ class ZeroExpertFusedMoE(FusedMoE):
 
     def _selection_bias(self) -> Tensor | None:
         own = self.e_score_correction_bias
+        if "e_score_correction_bias" in self.__dict__:
+            return own  # _temporarily_set_attrs: somebody wants this one for now
         if own is not None and self._kinds and own.shape == (self.num_slots,):
             return own  # set by somebody since: at the start it has at most the first E entries
         full = getattr(self.router, "e_score_correction_bias", None)
@@ -364,12 +370,16 @@ class ZeroExpertFusedMoE(FusedMoE):
 
     @contextmanager
     def _memoize(self, topk_weights: Tensor, topk_ids: Tensor) -> Iterator[None]:
-        """Let this thread read the given routing [T, K] with `_select_experts_from_memo` until the context ends."""
+        """Let this thread read the given routing [T, K] with `_select_experts_from_memo` until the context ends.
+
+        Inside another such context the outer one goes on afterwards where it was.
+        """
+        outer = self._memo.routed, self._memo.read
         self._memo.routed, self._memo.read = (topk_weights, topk_ids), 0
         try:
             yield
         finally:
-            self._memo.routed, self._memo.read = None, 0
+            self._memo.routed, self._memo.read = outer
 
     def _select_experts_from_memo(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """(topk_weights, topk_ids) of the next len(hidden_states) memoized rows; router_logits are not used.
@@ -410,7 +420,7 @@ class ZeroExpertFusedMoE(FusedMoE):
                 if own:
                     object.__setattr__(target, name, value)
                 elif name in target.__dict__:
-                    object.__delattr__(target, name)
+                    del target.__dict__[name]  # Dynamo traces this, and not object.__delattr__
 
     def extra_repr(self) -> str:
         own = f"zero_expert_num={self.zero_expert_num}, zero_expert_type={self.zero_expert_type!r}"

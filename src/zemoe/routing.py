@@ -65,7 +65,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _check_scoring(scoring_func: str) -> None:
+def check_scoring(scoring_func: str) -> None:
+    """Raise ValueError for a name that is not in SCORES."""
     if scoring_func not in SCORES:
         raise ValueError(f"scoring_func must be one of {sorted(SCORES)}, got {scoring_func!r}")
 
@@ -147,7 +148,7 @@ def select_experts(
         raise ValueError(f"num_experts={num_experts} exceeds the {num_slots} slots of logits_TA")
     if top_k > num_slots:
         raise ValueError(f"top_k={top_k} exceeds the {num_slots} slots of logits_TA")
-    _check_scoring(scoring_func)
+    check_scoring(scoring_func)
     mode = renormalize_mode(renormalize)
     kinds = expand_kinds(zero_expert_kinds)
     if kinds and num_experts + sum(count for _, count in kinds) != num_slots:
@@ -204,7 +205,7 @@ class Router(nn.Module):
         self, config: MoEConfig, *, bias: bool = False, tied_null: bool = False, gating_residual: bool = False
     ) -> None:
         super().__init__()
-        _check_scoring(config.scoring_func)
+        check_scoring(config.scoring_func)
         if tied_null and not config.num_zero_experts:
             raise ValueError("tied_null=True needs at least one zero-computation expert, got none in zero_expert_kinds")
         self.config = config
