@@ -1,0 +1,176 @@
+"""The `zemoe` command: its options, and how its errors and exit codes come about.
+
+Exit codes: 0; 1 for what failed on the way; 2 for what was asked wrongly; 130 after Ctrl-C. An error is one line on
+stderr that says what to do.
+"""
+
+# No `from __future__ import annotations` here: typer evaluates annotations; those in `app` name what it imported.
+
+import io
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    import typer
+
+
+def _complain(message: str) -> None:
+    print(f"zemoe: error: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    import typer
+
+    from .generate import CommandError
+
+    try:
+        yield
+    except CommandError as error:
+        _complain(str(error))
+        raise typer.Exit(error.code) from None
+
+
+def _print_version(wanted: bool) -> None:
+    import typer
+
+    from . import __version__
+
+    if wanted:
+        print(f"zemoe {__version__}")
+        raise typer.Exit
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+def app() -> "typer.Typer":
+    """The command line as typer has it."""
+    import typer
+
+    from .decoding import Sampling
+    from .experts import BACKENDS
+    from .generate import DTYPES, EMBEDDED, CommandError, Request
+
+    cli = typer.Typer(
+        name="zemoe",
+        help="Zero-expert mixture-of-experts layers for PyTorch.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @cli.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
+
+    @cli.command()
+    def generate(
+        prompt: Annotated[
+            str | None,
+            typer.Option(help="Text to go on from.", show_default="a line of ours, or nothing after --style"),
+        ] = None,
+        style: Annotated[
+            str | None, typer.Option(help="A style token of the model, such as austen.", show_default=False)
+        ] = None,
+        max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 200,
+        temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+        top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 0.95,
+        seed: Annotated[
+            int | None, typer.Option(help="The same seed gives the same text.", show_default="drawn, and shown")
+        ] = None,
+        model: Annotated[
+            Path, typer.Option(help="A LongCat-Flash checkpoint folder.", show_default="the embedded model")
+        ] = EMBEDDED,
+        backend: Annotated[
+            str | None, typer.Option(help=f"{' or '.join(BACKENDS)}.", show_default="the first that works")
+        ] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; zemoe doctor lists them.")] = "cpu",
+        dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")
+        ] = False,
+    ) -> None:
+        """Write text with a zero-expert language model, each token shaded by the FFN experts that it used."""
+        from .generate import run
+        from .terminal import open_console
+
+        with _one_line_errors():
+            try:
+                sampling = Sampling(
+                    temperature=temperature, top_p=top_p, seed=secrets.randbelow(2**31) if seed is None else seed
+                )
+            except ValueError as error:
+                raise CommandError(f"--{str(error).replace('_', '-', 1)}") from None
+            request = Request(
+                sampling=sampling,
+                prompt=prompt,
+                style=style,
+                max_new_tokens=max_new_tokens,
+                model=model,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+            )
+            status = open_console(sys.stderr)
+            code, result = run(request, status if as_json else open_console(sys.stdout), status)
+            if as_json:
+                _print_json(result)
+        raise typer.Exit(code)
+
+    @cli.command()
+    def doctor(
+        as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    ) -> None:
+        """Show versions, devices and backends, and test every backend against the reference."""
+        from .doctor import examine
+        from .terminal import findings, open_console
+
+        found = examine()
+        if as_json:
+            _print_json(found)
+        else:
+            console = open_console(sys.stdout)
+            for table in findings(found):
+                console.print(table, "")
+        raise typer.Exit(0 if found["ok"] else 1)
+
+    return cli
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (of the process, if `arguments` is None); the exit code."""
+    import typer
+
+    usage_error: Any = typer.BadParameter.__base__  # its own in new versions of typer, click's in old ones
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding hasn't got
+    try:
+        code = app()(args=arguments, prog_name="zemoe", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return code
+    except usage_error as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            _complain(f"{error.format_message()} (zemoe --help tells more)")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read has gone: that is no error of ours, and Python must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

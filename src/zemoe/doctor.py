@@ -1,0 +1,175 @@
+"""`zemoe doctor`: what is installed, which backend computes where, and whether each one computes what it should.
+
+T tokens, H hidden size, I expert width, E FFN experts, K choices a token.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, reference
+from .affine import AffineParams
+from .experts import BACKENDS, fused_experts, resolve_backend
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
+# of which one gets none.
+_T, _H, _I, _E, _K = 12, 37, 19, 5, 4
+_KINDS = (("constant", 2), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
+
+
+def usable_devices() -> list[str]:
+    """Names of the devices that torch can compute on here: "cpu", and each accelerator with its number."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def versions() -> dict[str, str | None]:
+    """{package: version}, None for one that isn't installed."""
+    found: dict[str, str | None] = {"zemoe": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name(device: str) -> str:
+    """What the machine calls it."""
+    if device == "cpu":
+        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
+        return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    return torch.get_device_module(device).get_device_name(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One backend on one device in one dtype.
+
+    chosen: it is what computes there unless another one is asked for. usable, why: whether it can, and the reason.
+    error: the largest error of a tensor over what is allowed, None if not usable. what: that tensor. ok: error <= 1.
+    """
+
+    device: str
+    dtype: str
+    backend: str
+    chosen: bool
+    usable: bool
+    why: str
+    error: float | None = None
+    what: str = ""
+    ok: bool = True
+
+
+class _Layer:
+    """A small layer: differentiable inputs, ids, and what to multiply the output with for the backward."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        scores = torch.rand(_T, _E + 5, generator=generator)
+        scores[:, 1] = -1  # expert 1 gets no token
+        self.ids_TK = scores.topk(_K, dim=1).indices
+        self.inputs = {
+            "hidden_states": normal(_T, _H).to(dtype),
+            "w13": (normal(_E, 2 * _I, _H) / _H**0.5).to(dtype),
+            "w2": (normal(_E, _H, _I) / _I**0.5).to(dtype),
+            "topk_weights": 0.2 + torch.rand(_T, _K, generator=generator),
+            "constant_router": normal(2, 2, _H) / _H**0.5,
+            "constant_value": normal(2, _H),
+            "scale": 0.5 + normal(1).abs(),
+        }
+        self.out_gradient = normal(_T, _H).to(dtype)
+
+    def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients by zemoe.reference, computed in `dtype`."""
+        return self._both("cpu", reference.experts, {"dtype": dtype})
+
+    def by_backend(self, device: str, backend: str) -> dict[str, Tensor]:
+        """Output and gradients by zemoe.fused_experts."""
+        return self._both(device, fused_experts, {"backend": backend})
+
+    def _both(self, device: str, experts: Callable[..., Tensor], how: dict[str, Any]) -> dict[str, Tensor]:
+        leaves = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in self.inputs.items()}
+        x, w13, w2, weights, *affine = leaves.values()
+        how = how | {"num_experts": _E, "zero_expert_kinds": _KINDS, "affine_params": AffineParams(*affine)}
+        out = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
+        gradients = torch.autograd.grad(out, list(leaves.values()), self.out_gradient.to(out))
+        named = zip(leaves, gradients, strict=True)
+        return {"output": out.detach(), **{f"gradient of {name}": gradient for name, gradient in named}}
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def _worst(result: dict[str, Tensor], exact: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest RMS error over what is allowed, and of which tensor; infinity for what isn't finite.
+
+    Allowed is four times the error of the reference run in the same dtype, or four roundings where that is exact.
+    """
+    worst = (0.0, "output")
+    for name, tensor in result.items():
+        rounding = torch.finfo(tensor.dtype).eps * _rms(exact[name])
+        allowed = 4 * max(_rms(own[name].double() - exact[name].double()), rounding)
+        error = _rms(tensor.cpu().double() - exact[name].double()) / allowed
+        worst = max(worst, (error if error == error else float("inf"), name))
+    return worst
+
+
+def _why_not(device: str, dtype: torch.dtype, backend: str) -> str:
+    """The reason why a backend can't be used there, "" if it can."""
+    try:
+        resolve_backend(device, dtype, backend)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def self_test() -> list[Check]:
+    """Every backend on every device in every dtype: forward and backward against the reference in float64."""
+    checks = []
+    for dtype in _DTYPES:
+        layer = _Layer(dtype)
+        exact, own = layer.by_reference(torch.float64), layer.by_reference(dtype)
+        for device in usable_devices():
+            chosen = resolve_backend(device, dtype).name
+            for name in BACKENDS:
+                where = {"device": device, "dtype": str(dtype).removeprefix("torch."), "backend": name}
+                why_not = _why_not(device, dtype, name)
+                if why_not:
+                    checks.append(Check(**where, chosen=False, usable=False, why=why_not))
+                    continue
+                error, what = _worst(layer.by_backend(device, name), exact, own)
+                why = "chosen: the first that works here" if name == chosen else f"works too: --backend {name}"
+                known = {"chosen": name == chosen, "usable": True, "why": why}
+                checks.append(Check(**where, **known, error=error, what=what, ok=error <= 1))
+    return sorted(checks, key=lambda check: check.device)
+
+
+def examine() -> dict[str, Any]:
+    """All of it, as `zemoe doctor --json` prints it."""
+    checks = self_test()
+    return {
+        "ok": all(check.ok for check in checks),
+        "versions": versions(),
+        "devices": {device: device_name(device) for device in usable_devices()},
+        "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
+        "backends": {name: backend.about for name, backend in BACKENDS.items()},
+        "checks": [asdict(check) for check in checks],
+    }
