@@ -126,7 +126,7 @@ def affine_coefficients(
 
     Differentiable in the weights, the parameters and the constant logits.
     """
-    alpha_T = torch.zeros_like(topk_weights_TK[:, 0])
+    alpha_T = topk_weights_TK.new_zeros(topk_weights_TK.shape[0])
     beta_TC: Tensor | None = None
     first = num_experts
     seen_of_kind: dict[str, int] = {}

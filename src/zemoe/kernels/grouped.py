@@ -110,7 +110,7 @@ def moe_ffn(
     y_TH = alpha_T[:, None] * x_TH
     if beta_TC is not None and value_CH is not None:
         y_TH = y_TH + beta_TC @ value_CH.to(beta_TC.dtype)
-    if N and w13.shape[0]:
+    if w13.shape[0]:
         # Entry N takes the weights of choices without a row, and is cut off.
         target_N = torch.where(slot_row_TK < 0, N, slot_row_TK).reshape(-1)
         weight_N = weights_TK.new_zeros(N + 1).scatter(0, target_N, weights_TK.reshape(-1))[:N]

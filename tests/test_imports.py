@@ -1,0 +1,166 @@
+"""Who may import whom, and what `import zemoe` may need: the table of the house, as a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zemoe
+
+ROOT = Path(zemoe.__file__).parent
+# What a module may import of zemoe itself. "*" is everything; integrations may use only the public names.
+MAY_IMPORT = {
+    "config": set(),
+    "reference": {"config"},
+    "routing": {"config", "ops"},
+    "plan": {"config", "ops"},
+    "affine": {"config", "ops"},
+    "ops": {"kernels"},
+    "kernels": {"kernels"},
+    "experts": {"config", "routing", "plan", "affine", "ops"},
+    "parallel": {"routing", "plan"},
+    "balance": {"config", "routing"},
+    "retrofit": {"config", "routing", "layer"},
+    "checkpoint": set(),
+    "measure": set(),
+    "fused_moe": {"config", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
+    "layer": {"config", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
+}
+# Third-party packages that may be imported at the top of a module; torch is the only dependency of `import zemoe`.
+TOP_LEVEL = {"config": set(), "checkpoint": {"torch", "safetensors"}, "measure": {"torch", "safetensors"}}
+FRAMEWORKS = {"transformers", "vllm", "sglang"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(path: Path, *, nested: bool = True) -> set[str]:
+    """Absolute dotted names that a file imports; without `nested` only what runs when it is imported."""
+    package = ["zemoe", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if not nested and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                base = [*base, *(child.module.split(".") if child.module else [])]
+                found.update(".".join([*base, alias.name]) for alias in child.names)
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def own_rooms(names: set[str]) -> set[str]:
+    """Rooms of zemoe among dotted names; names of the package itself count as "public"."""
+    rooms = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "zemoe":
+            second = parts[1] if len(parts) > 1 else ""
+            is_room = (ROOT / f"{second}.py").exists() or (ROOT / second).is_dir()
+            rooms.add(second if second and is_room else "public")
+    return rooms
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms(path):
+    name = room(path)
+    if name in MAY_IMPORT:
+        assert own_rooms(imports(path)) <= MAY_IMPORT[name] | ({"kernels"} if name == "kernels" else set())
+    elif name == "integrations":
+        others = {part for part in imports(path) if part.startswith("zemoe.integrations.")}
+        mine = path.stem.split("_")[0]
+        assert all(part.split(".")[2].split("_")[0] == mine for part in others), "integrations don't know each other"
+        assert "kernels" not in own_rooms(imports(path)) and "reference" not in own_rooms(imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_frameworks(path):
+    """An integration knows its one framework; nobody else imports any when it is imported. Triton stays in its folder."""
+    outside = {name.split(".")[0] for name in imports(path)}
+    relative = path.relative_to(ROOT).parts
+    if relative[0] == "integrations":
+        assert outside & FRAMEWORKS <= {path.stem.split("_")[0]}
+    elif room(path) in MAY_IMPORT:
+        assert not outside & FRAMEWORKS
+    if relative[:2] != ("kernels", "triton"):
+        assert "triton" not in {name.split(".")[0] for name in imports(path, nested=False)}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(path) in MAY_IMPORT], ids=lambda path: path.stem)
+def test_packages_at_the_top(path):
+    allowed = TOP_LEVEL.get(room(path), {"torch"}) | {"zemoe"} | set(sys.stdlib_module_names)
+    if path.relative_to(ROOT).parts[:2] == ("kernels", "triton"):
+        allowed |= {"triton"}
+    assert {name.split(".")[0] for name in imports(path, nested=False)} <= allowed
+
+
+def test_the_rules_bite(tmp_path, monkeypatch):
+    """A file that breaks them is found: the parser sees relative, absolute and nested imports."""
+    (tmp_path / "layer.py").touch()
+    (tmp_path / "plan.py").write_text(
+        "from . import layer\nfrom .layer import MoE\nimport zemoe.layer\ndef f():\n    from zemoe import layer\n"
+    )
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert imports(tmp_path / "plan.py") == {"zemoe.layer", "zemoe.layer.MoE"}
+    assert own_rooms(imports(tmp_path / "plan.py")) == {"layer"}
+    assert "zemoe.layer" in imports(tmp_path / "plan.py", nested=False)
+
+
+BLOCKED = """
+import sys
+
+class Wall:
+    allowed = set({allowed!r}) | set(sys.stdlib_module_names)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in self.allowed:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+# torch may use what it likes of its own dependencies; numpy is optional even for it.
+import torch, torch._dynamo, torch.distributed
+sys.meta_path.insert(0, Wall())
+{code}
+"""
+
+
+def run_blocked(code: str) -> str:
+    program = BLOCKED.format(allowed=["torch", "zemoe"], code=code)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_and_a_layer_need_torch_alone():
+    heavy = ["transformers", "tokenizers", "safetensors", "typer", "rich", "triton"]
+    out = run_blocked(
+        "functions = dict(vars(torch.nn.functional))\n"
+        f"import zemoe\nprint([name for name in {heavy} if name in sys.modules])\n"
+        "assert functions == vars(torch.nn.functional), 'importing patches'\n"
+        "for name in zemoe.__all__: getattr(zemoe, name)\n"
+        "from zemoe import FusedMoE, ZeroExpertFusedMoE\n"
+        "layer = zemoe.ZeroExpertFusedMoE(2, 'identity', None, num_experts=2, top_k=2, hidden_size=4, intermediate_size=4)\n"
+        "for p in layer.parameters(): torch.nn.init.normal_(p)\n"
+        "layer(torch.randn(3, 4), torch.randn(3, 4)).sum().backward()"
+    )
+    assert out.strip() == "[]"
+
+
+def test_the_wall_blocks():
+    with pytest.raises(AssertionError, match="blocked: safetensors"):
+        run_blocked("import safetensors")
+
