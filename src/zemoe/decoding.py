@@ -45,6 +45,8 @@ class Sampling:
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -150,14 +150,14 @@ def self_test() -> list[Check]:
         for device in usable_devices():
             chosen = resolve_backend(device, dtype).name
             for name in BACKENDS:
-                where = {"device": device, "dtype": str(dtype).removeprefix("torch."), "backend": name}
+                where: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "backend": name}
                 why_not = _why_not(device, dtype, name)
                 if why_not:
                     checks.append(Check(**where, chosen=False, usable=False, why=why_not))
                     continue
                 error, what = _worst(layer.by_backend(device, name), exact, own)
-                why = "chosen: the first that works here" if name == chosen else f"works too: --backend {name}"
-                known = {"chosen": name == chosen, "usable": True, "why": why}
+                why = "chosen, the first that works" if name == chosen else "works too"
+                known: dict[str, Any] = {"chosen": name == chosen, "usable": True, "why": why}
                 checks.append(Check(**where, **known, error=error, what=what, ok=error <= 1))
     return sorted(checks, key=lambda check: check.device)
 

@@ -97,7 +97,8 @@ def _check(request: Request) -> None:
     if request.dtype not in DTYPES:
         raise CommandError(f"--dtype must be one of {', '.join(DTYPES)}, got {request.dtype!r}")
     if _full_name(request.device) not in usable_devices():
-        raise CommandError(f"--device must be one of {', '.join(usable_devices())}, got {request.device!r}")
+        usable = ", ".join(usable_devices())
+        raise CommandError(f"--device must be one that torch can use here ({usable}), got {request.device!r}")
     if not request.model.is_dir():
         if request.model == EMBEDDED:
             raise CommandError(f"{EMBEDDED}: the embedded model is missing; reinstall zemoe or give --model", 1)
@@ -121,7 +122,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
     path = folder / "tokenizer.json"
     # Looked at here first, because tokenizers has no exception of its own for a file that is damaged.
-    with _failing_with(1, f"{path}: not readable, and generate needs the model's tokenizer: "):
+    with _failing_with(1, "tokenizer.json of the model is not readable: "):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CommandError(f"{path}: is not a tokenizer; take the one that belongs to the model", 1)
@@ -224,9 +225,10 @@ def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str,
                     unshown.clear()
     except KeyboardInterrupt:
         made.finish = "interrupted"
-    if unshown:
-        painter.token(stream.rest(), sum(unshown) / len(unshown))
-    painter.close()
+    finally:
+        if unshown:
+            painter.token(stream.rest(), sum(unshown) / len(unshown))
+        painter.close()
     out.print()
     rows = {
         "backend": f"{loaded.backend}: {loaded.backend_reason}",

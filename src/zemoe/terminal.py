@@ -31,13 +31,15 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _RUNS = re.compile(r"\n|[^\S\n]+|\S+")
 BAR_COLOR = "#ea7a2c"
 _BAR_CELLS = 20
+_NO_WIDTH = 1000  # of a file or a pipe: nothing is wrapped
 
 
 def open_console(file: IO[str]) -> Console:
     """A rich console; it writes no escape code at all with NO_COLOR, or if `file` is not a terminal."""
     console = Console(file=file, highlight=False)
     if console.no_color or not console.is_terminal or console.is_dumb_terminal:
-        console = Console(file=file, highlight=False, color_system=None, force_terminal=False)
+        width = console.width if file.isatty() else _NO_WIDTH
+        console = Console(file=file, highlight=False, color_system=None, force_terminal=False, width=width)
     return console
 
 
@@ -78,7 +80,7 @@ class Painter:
 
     def __init__(self, console: Console, scale: Scale) -> None:
         self._console, self._scale = console, scale
-        self._wraps = console.is_terminal
+        self._wraps = console.file.isatty()
         self._column = 0
         self._space: list[tuple[str, str]] = []
         self._word: list[tuple[str, str]] = []
@@ -148,15 +150,8 @@ def rate(tokens: int, seconds: float) -> str:
 
 
 def _table(title: str | None = None) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        padding=(0, 1),
-        pad_edge=False,
-    )
+    look: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1), "pad_edge": False}
+    return Table(title=title, title_justify="left", title_style="bold", **look)
 
 
 def summary(made: Generation, top_k: int, rows: dict[str, str], ascii_only: bool) -> Table:
@@ -172,7 +167,7 @@ def summary(made: Generation, top_k: int, rows: dict[str, str], ascii_only: bool
         used = [token.ffn_experts for token in made.tokens]
         table.add_row(
             "FFN experts",
-            f"{total:.1f} of {most} a token, from {min(used)} to {max(used)}; {total / len(means):.2f} of {top_k} a layer",
+            f"{total:.1f} of {most} a token ({min(used)} to {max(used)}), {total / len(means):.2f} of {top_k} a layer",
         )
         table.add_row("zero share", f"{1 - total / most:.1%} of all choices, which cost no FFN expert")
         for layer, mean in enumerate(means):
@@ -196,6 +191,7 @@ def findings(found: dict[str, Any]) -> list[Table]:
         why, verdict = Text(check["why"], style="" if check["usable"] else "dim"), Text()
         if check["usable"]:
             verdict = Text("ok", style="green") if check["ok"] else Text("FAILED", style="bold red")
-            verdict.append(f", {check['what']} has {check['error']:.2f} of the error allowed", style="not bold default")
+            verdict.append(f" {check['error']:.2f} of the allowed error", style="default")
+            verdict.append("" if check["ok"] else f" in the {check['what']}", style="default")
         tested.add_row(check["device"], check["dtype"], check["backend"], why, verdict)
     return [installed, devices, tested]
