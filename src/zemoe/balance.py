@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import check_count
-from .routing import SCORES, Routing
+from .routing import SCORES, Routing, check_scoring
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -68,10 +68,13 @@ def longcat_balance_loss(
         group: the data-parallel ranks over which f_j is averaged.
 
     Raises:
-        ValueError: for counts that do not fit.
+        ValueError: for a count, name or mask that does not fit, naming it.
     """
     check_count("num_experts", num_experts, 1)
+    check_scoring(scoring_func)
     T, A = routing.logits_TA.shape
+    if num_experts > A:
+        raise ValueError(f"num_experts={num_experts} exceeds the {A} slots of routing.logits_TA")
     K = routing.topk_ids_TK.shape[1]
     D = num_experts if num_groups is None else check_count("num_groups", num_groups, 1)
     if num_experts % D:
@@ -79,11 +82,14 @@ def longcat_balance_loss(
     if not 0 < ffn_experts_per_token <= K or (ffn_experts_per_token == K and num_experts < A):
         bound = "below" if num_experts < A else "at most"
         raise ValueError(f"ffn_experts_per_token must be above 0 and {bound} top_k={K}, got {ffn_experts_per_token}")
-    scores_TA = SCORES[scoring_func](routing.logits_TA)
+    valid_T = torch.ones(T, dtype=torch.bool, device=routing.logits_TA.device) if mask_T is None else mask_T.reshape(-1)
+    if valid_T.shape[0] != T:
+        raise ValueError(f"mask_T must have one entry for each of the {T} tokens of routing, got {valid_T.shape[0]}")
+    tokens = valid_T.sum().clamp(min=1)
+    # Whatever padding holds, NaN too, must not reach the sums or the gradient.
+    scores_TA = SCORES[scoring_func](routing.logits_TA.masked_fill(~valid_T[:, None], 0.0))
     if scoring_func != "softmax":
         scores_TA = scores_TA / scores_TA.sum(-1, keepdim=True)
-    valid_T = torch.ones(T, dtype=torch.bool, device=scores_TA.device) if mask_T is None else mask_T.reshape(-1)
-    tokens = valid_T.sum().clamp(min=1)
 
     group_of_slot = torch.full((A,), D, device=scores_TA.device)
     group_of_slot[:num_experts] = torch.arange(num_experts, device=scores_TA.device) // (num_experts // D)
