@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ import zemoe
 import zemoe.integrations.transformers as bridge
 from transformers_tiny import tiny_config, tiny_ids, tiny_model
 from zemoe.checkpoint import CheckpointError, verify
+from zemoe.experts import BACKENDS
 from zemoe.integrations.transformers_layers import layer_config
 
 StockMoE = modeling.LongcatFlashMoE
@@ -135,15 +137,23 @@ def test_patched_model_computes_what_stock_does(stock, stock_logits, ids):
     assert not stock._can_compile_fullgraph
 
 
-def test_patching_again_only_sets_the_backend(stock, stock_logits, ids):
+def test_patching_again_only_sets_the_backend(stock, stock_logits, ids, monkeypatch):
     model = copy.deepcopy(stock)
     bridge.patch_(model)
+    used = []
+
+    def spy(*args):
+        used.append("torch")
+        return BACKENDS["cpu"].moe_ffn(*args)
+
+    monkeypatch.setitem(BACKENDS, "torch", dataclasses.replace(BACKENDS["torch"], moe_ffn=spy))
     report = bridge.patch_(model, backend="torch")
     assert report.bytes_freed == 0
     assert report.layers == ("model.layers.0.mlp", "model.layers.1.mlp")
     assert (report.backend, report.backend_reason.startswith("asked for")) == ("torch", True)
     assert [layer.mlp.experts.backend for layer in model.model.layers] == ["torch", "torch"]
     assert (logits_of(model, ids) - stock_logits).abs().max() < TOLERANCE
+    assert used == ["torch", "torch"]
     with pytest.raises(ValueError, match="backend must be one of"):
         bridge.patch_(model, backend="tpu")
     assert [layer.mlp.experts.backend for layer in model.model.layers] == ["torch", "torch"]
