@@ -554,8 +554,9 @@ class TestObserve:
         for i, x in enumerate(batches):
             assert_bitwise(seen[seen.layers()[0], i].topk_ids_TK, model.layers[0](x).topk_ids_TK)
 
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
     @pytest.mark.parametrize("reentrant", [False, True])
-    def test_equal_ids_in_two_micro_batches(self, reentrant):
+    def test_equal_ids_in_two_micro_batches(self, reentrant, order):
         """Token ids repeat, logits don't: the recomputed logits must not land on the other micro-batch."""
         model = Stack(reentrant)
         for router in model.layers:
@@ -566,8 +567,8 @@ class TestObserve:
                 model(x)
         with observe(model) as seen:
             losses = [model(x).sum() for x in batches]
-            for loss in losses:
-                loss.backward()
+            for i in order:
+                losses[i].backward()
         assert set(seen) == set(expected)
         for key, routing in expected.items():
             assert_bitwise(seen[key].logits_TA, routing.logits_TA)

@@ -298,15 +298,17 @@ class Observed(Mapping[tuple[str, int], Routing]):
         self._routings[layer, micro_batch] = routing
 
     def _repeated(self, layer: str, routing: Routing, latest: int) -> int:
-        """The micro-batch that an activation checkpoint is computing again: recomputed ids are bitwise the same."""
-        ids = routing.topk_ids_TK
+        """The micro-batch that an activation checkpoint is computing again: the same ids and, to the bit, the same logits.
+
+        Where kernels don't repeat their bits, the latest one with the same ids.
+        """
+        ids, logits = routing.topk_ids_TK, routing.logits_TA
         known = [(batch, seen) for (name, batch), seen in self._routings.items() if name == layer]
         if len(known) == 1:
             return known[0][0]
-        for batch, seen in reversed(known):
-            if seen.topk_ids_TK.shape == ids.shape and torch.equal(seen.topk_ids_TK, ids):
-                return batch
-        return latest
+        same = [(batch, seen) for batch, seen in reversed(known) if torch.equal(seen.topk_ids_TK, ids)]
+        exact = [batch for batch, seen in same if torch.equal(seen.logits_TA, logits)]
+        return (exact or [batch for batch, _ in same] or [latest])[0]
 
 
 @contextmanager
@@ -314,8 +316,8 @@ def observe(model: nn.Module) -> Iterator[Observed]:
     """Collect every layer's Routing while the context is active; nothing is kept on the modules.
 
     Each call of `model` itself starts a new micro-batch; what activation checkpointing computes again during backward
-    overwrites the entry it repeats and never adds one (with several micro-batches held, finding it compares the ids,
-    a host synchronisation on a GPU). Logits keep their graph, so losses may be built from them.
+    overwrites the entry it repeats and never adds one (with several micro-batches held, finding it compares ids and
+    logits, a host synchronisation on a GPU). Logits keep their graph, so losses may be built from them.
 
     Yields:
         Observed: a mapping {(layer name, micro-batch): Routing}.
