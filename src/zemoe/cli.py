@@ -13,6 +13,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,29 +77,27 @@ def app() -> "typer.Typer":
     ) -> None:
         pass
 
-    @cli.command()
+    text, source = partial(typer.Option, rich_help_panel="Text"), partial(typer.Option, rich_help_panel="Model")
+
+    @cli.command(epilog="Example: zemoe generate --style bible --prompt '1 In the beginning' --seed 7")
     def generate(
-        prompt: Annotated[
-            str | None,
-            typer.Option(help="Text to go on from.", show_default="a line of ours, or nothing after --style"),
-        ] = None,
+        prompt: Annotated[str | None, text(help="Text to go on from.", show_default="one that fits the style")] = None,
         style: Annotated[
-            str | None, typer.Option(help="A style token of the model, such as austen.", show_default=False)
+            str | None, text(help="A style token that the model has.", show_default="austen, if it has that")
         ] = None,
-        max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 200,
-        temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-        top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together reach this.")] = 0.95,
-        seed: Annotated[
-            int | None, typer.Option(help="The same seed gives the same text.", show_default="drawn, and shown")
-        ] = None,
+        max_new_tokens: Annotated[int, text(help="Stop after so many tokens.")] = 200,
+        temperature: Annotated[float, text(help="0 takes the likeliest token each time.")] = 0.8,
+        top_p: Annotated[float, text(help="Draw from the likeliest tokens that together reach this.")] = 0.95,
+        seed: Annotated[int | None, text(help="Same seed, same text.", show_default="drawn, and shown")] = None,
         model: Annotated[
-            Path, typer.Option(help="A LongCat-Flash checkpoint folder.", show_default="the embedded model")
+            Path, source(help="A LongCat-Flash checkpoint folder.", show_default="the embedded model")
         ] = EMBEDDED,
         backend: Annotated[
-            str | None, typer.Option(help=f"{' or '.join(BACKENDS)}.", show_default="the first that works")
+            str | None,
+            source(help=f"Computes the experts: {' or '.join(BACKENDS)}.", show_default="first fit"),
         ] = None,
-        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; zemoe doctor lists them.")] = "cpu",
-        dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
+        device: Annotated[str, source(help="cpu, cuda, cuda:1 ...; zemoe doctor lists them.")] = "cpu",
+        dtype: Annotated[str, source(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
         as_json: Annotated[
             bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")
         ] = False,

@@ -21,8 +21,14 @@ from .experts import resolve_backend
 from .terminal import Painter, Scale, summary
 
 EMBEDDED = Path(__file__).parent / "models" / "tiny"
-DEFAULT_PROMPT = "It was a fine morning, and"
 DEFAULT_STYLE = "austen"
+# What is written on from where no prompt is given: ours for the styles of the embedded model and for any other model.
+OPENINGS = {
+    "austen": "It was a fine morning, and",
+    "shakespeare": "KING HENRY\nWhat news,",
+    "bible": "1 And it came to pass",
+    "sotu": "My fellow Americans,",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _STOPPED_BY = {
     "end": "the model, its text was complete",
@@ -31,7 +37,7 @@ _STOPPED_BY = {
     "interrupted": "Ctrl-C",
 }
 # Parameters below which one thread decodes as fast as two: each step is too short to be shared. With more, threads wait
-# for each other, and where other programs use the processors too, that makes it ten times slower.
+# for each other, and where other programs use the processors too, that made it three times slower.
 _SMALL = 50_000_000
 
 
@@ -89,7 +95,7 @@ def _check(request: Request) -> None:
     """What can be said before any file is opened."""
     if request.prompt is not None:
         if not request.prompt.strip():
-            raise CommandError("--prompt is empty; give some text, or only a --style to start from nothing")
+            raise CommandError("--prompt is empty; give some text, or leave it out")
         with _failing_with(2, "--prompt must be valid UTF-8: "):
             request.prompt.encode()
     if request.max_new_tokens < 1:
@@ -148,16 +154,16 @@ def styles_of(tokenizer: Any, config: Any) -> dict[str, int]:
 def _prompt_ids(request: Request, tokenizer: Any, config: Any) -> tuple[str, str | None, list[int]]:
     """The text of the prompt, the style, and the ids of both."""
     styles = styles_of(tokenizer, config)
-    prompt = request.prompt
     if request.style is None:
         style = DEFAULT_STYLE if DEFAULT_STYLE in styles else None
-        prompt = DEFAULT_PROMPT if prompt is None else prompt
     else:
         style = request.style.removeprefix("<|").removesuffix("|>")
-        prompt = "" if prompt is None else prompt
         if style not in styles:
             known = f"must be one of {', '.join(styles)}" if styles else "must be left out (this model has none)"
             raise CommandError(f"--style {known}, got {request.style!r}")
+    prompt = request.prompt
+    if prompt is None:
+        prompt = OPENINGS.get(style or DEFAULT_STYLE, "")  # a style that we don't know begins with its token alone
     if style is None:
         ids = tokenizer.encode(prompt).ids
     else:
@@ -194,8 +200,6 @@ def load(request: Request) -> Loaded:
     with _failing_with(1):
         model = load_model(request.model, device, dtype, request.backend)
         report = patch_(model, request.backend)  # already patched: this tells the backend, and why that one
-    if device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
-        torch.set_num_threads(1)
     return Loaded(model, tokenizer, prompt, style, ids, report.backend, report.backend_reason)
 
 
@@ -217,7 +221,7 @@ def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str,
     painter.prompt(loaded.prompt)
     unshown: list[int] = []  # of the tokens whose text isn't complete yet; the text gets their mean
     try:
-        with _failing_with(1):
+        with _failing_with(1), _threads_for(loaded.model):
             for token in generate(loaded.model, loaded.prompt_ids, request.sampling, request.max_new_tokens, made):
                 unshown.append(token.ffn_experts)
                 if text := stream.push(token.id):
@@ -237,6 +241,18 @@ def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str,
     }
     out.print(summary(made, config.moe_topk, rows, out.options.ascii_only))
     return 130 if made.finish == "interrupted" else 0, _result(request, loaded, made)
+
+
+@contextmanager
+def _threads_for(model: Any) -> Iterator[None]:
+    """One thread for a small model on the CPU."""
+    before = torch.get_num_threads()
+    if model.device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _headline(request: Request, loaded: Loaded) -> str:

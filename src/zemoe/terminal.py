@@ -68,7 +68,7 @@ class Scale(NamedTuple):
 
     def legend(self) -> Text:
         legend = Text.assemble(("FFN experts a token used, all layers together: ", "dim"))
-        bounds = [0, *self.lows, self.most + 1]
+        bounds = [0, *(min(low, self.most + 1) for low in self.lows), self.most + 1]
         for low, high in pairwise(bounds):
             if low <= high - 1:
                 legend.append(f" {low}–{high - 1} " if low < high - 1 else f" {low} ", self.shade(low))
@@ -133,7 +133,10 @@ class Painter:
         self._column = 0
 
     def _write(self, parts: list[tuple[str, str]]) -> None:
-        self._console.print(Text.assemble(*parts, end=""), end="", soft_wrap=True)
+        if self._console.color_system is None:
+            self._console.file.write("".join(text for text, _ in parts))
+        else:
+            self._console.print(Text.assemble(*parts, end=""), end="", soft_wrap=True)
         self._console.file.flush()
 
 
@@ -146,7 +149,12 @@ def bar(share: float, ascii_only: bool) -> str:
 
 
 def rate(tokens: int, seconds: float) -> str:
-    return f"{tokens} tokens in {seconds:.2f} s" + (f", {tokens / seconds:.0f} tokens/s" if tokens and seconds else "")
+    """How many in how long, and how many a second."""
+    text = f"{tokens} tokens in {seconds:.2f} s"
+    if tokens and seconds:
+        speed = tokens / seconds
+        text += f", {speed:.{0 if speed >= 10 else 1}f} tokens/s"
+    return text
 
 
 def _table(title: str | None = None) -> Table:
