@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from zemoe import reference
 from zemoe.affine import AffineParams
 
@@ -33,8 +34,9 @@ def judge(out: Tensor, ref64: Tensor, ref_own: Tensor, what: str = "output") -> 
     """AssertionError unless `out` is as good as the reference computed in the dtype of `out`.
 
     RMS error at most twice that of `ref_own` (where that happens to be tiny: of half a rounding), largest error in
-    proportion to it (or four roundings of the largest value), NaN and infinity in exactly the same places. An RMS over n numbers is itself uncertain by
-    1 / sqrt(n), which matters for the gradient of a handful of weights: three such deviations are granted.
+    proportion to it (or four roundings of the largest value), NaN and infinity in exactly the same places. An RMS over
+    n numbers is itself uncertain by 1 / sqrt(n), which matters for the gradient of a handful of weights: three such
+    deviations are granted.
     """
     assert out.shape == ref64.shape, f"{what}: shape {tuple(out.shape)}, reference {tuple(ref64.shape)}"
     assert out.dtype == ref_own.dtype, f"{what}: {out.dtype}, expected {ref_own.dtype}"
@@ -52,7 +54,9 @@ def judge(out: Tensor, ref64: Tensor, ref_own: Tensor, what: str = "output") -> 
     if error.numel():
         four_roundings = 4 * torch.finfo(out.dtype).eps * exact[finite].abs().max().item()
         largest = max(16 * unit, 2 * own_error.abs().max().item(), four_roundings)
-        assert error.abs().max().item() <= largest, f"{what}: largest error {error.abs().max():.3g}, allowed {largest:.3g}"
+        assert error.abs().max().item() <= largest, (
+            f"{what}: largest error {error.abs().max():.3g}, allowed {largest:.3g}"
+        )
 
 
 def rejects(out: Tensor, ref64: Tensor, ref_own: Tensor) -> bool:
@@ -88,7 +92,9 @@ def check_selection(ids_TK: Tensor, expected: reference.Selection) -> float:
         if top_k < num_slots and not best_first[top_k - 1] - best_first[top_k] > SELECTION_GAP:
             continue
         clear += 1
-        assert set(ids) == set(expected.topk_ids_TK[t].tolist()), f"token {t}: {ids}, {expected.topk_ids_TK[t].tolist()}"
+        assert set(ids) == set(expected.topk_ids_TK[t].tolist()), (
+            f"token {t}: {ids}, {expected.topk_ids_TK[t].tolist()}"
+        )
     return clear / max(num_tokens, 1)
 
 
@@ -155,7 +161,7 @@ class Case:
     why: str
     T: int = 24
     H: int = 32
-    I: int = 16  # noqa: E741
+    I: int = 16
     E: int = 6
     kinds: Kinds = (("identity", 2),)
     K: int = 3
@@ -211,7 +217,7 @@ CASES = [
     Case("one_token", "T = 1, decoding: most experts are empty", T=1),
     Case("one_token_top_1", "the smallest layer there is: one row or none", T=1, K=1, ids=only_ffn_experts),
     Case("empty_expert", "expert 1 gets no token: an empty slice between two full ones", ids=without_expert_1),
-    Case("all_zero", "every choice is a zero expert: the FFN has no rows at all", kinds=(("identity", 4),), ids=only_zero_experts),
+    Case("all_zero", "only zero experts: the FFN has no rows", kinds=(("identity", 4),), ids=only_zero_experts),
     Case("no_ffn_experts", "E = 0: there are no FFN weights at all", E=0, kinds=(("identity", 4),)),
     Case("all_on_one", "every token chooses expert 2: one long slice", T=40, ids=all_on_one),
     Case("choose_all", "K = A: every token takes every slot", T=9, K=8),
@@ -220,7 +226,7 @@ CASES = [
     Case("one_expert", "E = 1: nothing to sort", T=5, E=1, K=2),
     Case("heavy_skew", "slot popularity falls as exp(-i): slices from 0 to T rows", T=64, E=12, K=4, ids=heavy_skew),
     Case("many_rows", "slices of dozens of rows: the branch for large M", T=300, E=4, K=3),
-    Case("many_experts", "more slots than pairs: nearly all slices are empty or of one row", T=6, E=96, kinds=(("identity", 48),), K=12),
+    Case("many_experts", "more slots than pairs: slices of 0 or 1 rows", T=6, E=96, kinds=(("identity", 48),), K=12),
     Case("skips", "ids of -1 everywhere, the first token has nothing else", ids=with_skips),
     Case("mixed", "every affine kind, repeated and out of order", T=40, kinds=MIXED, K=8),
     Case("constants", "only constants", kinds=(("constant", 3),)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+
 from judge import judge
 from zemoe import MoE, MoEConfig, Routing, observe, reference, select_experts
 from zemoe.balance import ffn_experts_per_token, longcat_balance_loss, slot_counts, update_longcat_bias_
@@ -64,7 +65,9 @@ class TestLongcatLoss:
         kwargs = {"num_experts": E, "num_groups": groups, "scoring_func": scoring_func, "mask_T": mask}
         loss = longcat_balance_loss(routing, ffn_experts_per_token=2.25, **kwargs)
         exact, own = (
-            reference.longcat_group_loss(routing.logits_TA, routing.topk_ids_TK, expected_ffn=2.25, dtype=dtype, **kwargs)
+            reference.longcat_group_loss(
+                routing.logits_TA, routing.topk_ids_TK, expected_ffn=2.25, dtype=dtype, **kwargs
+            )
             for dtype in (torch.float64, torch.float32)
         )
         judge(loss, exact, own)
@@ -75,7 +78,9 @@ class TestLongcatLoss:
         for dtype in (torch.float32, torch.float64, torch.float32):
             logits = routing.logits_TA.detach().to(dtype, copy=True).requires_grad_()
             if not grads:
-                loss = longcat_balance_loss(routing._replace(logits_TA=logits), num_experts=E, ffn_experts_per_token=2.0)
+                loss = longcat_balance_loss(
+                    routing._replace(logits_TA=logits), num_experts=E, ffn_experts_per_token=2.0
+                )
             else:
                 loss = reference.longcat_group_loss(
                     logits, routing.topk_ids_TK, num_experts=E, expected_ffn=2.0, dtype=dtype
@@ -168,9 +173,7 @@ class TestLongcatBias:
         ids = routing_of().topk_ids_TK
         bias = torch.randn(length, generator=torch.Generator().manual_seed(1))
         before = bias.double()
-        update_longcat_bias_(
-            bias, slot_counts(ids, A), num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.01
-        )
+        update_longcat_bias_(bias, slot_counts(ids, A), num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.01)
         step = reference.longcat_bias_update(ids, num_experts=E, num_slots=A, expected_ffn=2.0, rate=0.01)
         torch.testing.assert_close(bias.double(), before + step[:length], rtol=1e-6, atol=1e-7)
         assert torch.equal(bias[E:].double(), before[E:])
@@ -189,7 +192,9 @@ class TestLongcatBias:
             assert counts[:E].float().std() / counts[:E].float().mean() < 0.3
 
     def test_in_place_and_without_a_graph(self):
-        layer = MoE(MoEConfig(hidden_size=4, intermediate_size=4, num_experts=E, top_k=K, zero_expert_kinds=(("zero", Z),)))
+        layer = MoE(
+            MoEConfig(hidden_size=4, intermediate_size=4, num_experts=E, top_k=K, zero_expert_kinds=(("zero", Z),))
+        )
         with observe(layer) as seen:
             layer(torch.randn(9, 4))
         (routing,) = seen.values()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judge import BY_NAME, Case, assert_bitwise, judge
 from torch import nn
+
+from judge import BY_NAME, Case, assert_bitwise, judge
 from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts
 from zemoe.affine import AFFINE_KINDS
 from zemoe.experts import BACKENDS
@@ -35,7 +36,9 @@ def randomised(module: nn.Module) -> nn.Module:
     return module
 
 
-def fused(scoring_func: str = "softmax", renormalize: str = "none", kinds=ALL_KINDS, top_k: int = K) -> ZeroExpertFusedMoE:
+def fused(
+    scoring_func: str = "softmax", renormalize: str = "none", kinds=ALL_KINDS, top_k: int = K
+) -> ZeroExpertFusedMoE:
     return randomised(
         ZeroExpertFusedMoE(
             sum(count for _, count in kinds),
@@ -142,7 +145,7 @@ class TestDistributions:
             inputs.w2.fill_(NAN)
         out = run(case, inputs, backend)
         judge(out, case.reference(inputs), case.reference(inputs, torch.float32))
-        assert not out.requires_grad or out.sum().backward() is None and (inputs.w13.grad == 0).all()
+        assert not out.requires_grad or (out.sum().backward() is None and (inputs.w13.grad == 0).all())
 
     def test_an_expert_without_tokens_is_not_read(self, backend):
         case = BY_NAME["empty_expert"]
@@ -159,7 +162,7 @@ class TestDistributions:
 
     @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 3), (3, 1, 1), (5, 7, 2)])
     def test_tiny_and_odd(self, backend, sizes):
-        H, I, E = sizes  # noqa: N806, E741
+        H, I, E = sizes
         kinds = (("identity", 1), ("constant", 1))
         case = Case("odd", "sizes that no vector divides", T=4, H=H, I=I, E=E, kinds=kinds, K=E + 2)
         inputs = case.inputs()
@@ -176,8 +179,12 @@ class TestSkipped:
         inputs = EVERY.inputs()
         skipped = inputs.ids_TK % 3 == 0
         ids = inputs.ids_TK.masked_fill(skipped, -1)
-        expected = run(EVERY, inputs._replace(ids_TK=ids, weights_TK=inputs.weights_TK.masked_fill(skipped, 0.0)), backend)
-        out = run(EVERY, inputs._replace(ids_TK=ids, weights_TK=inputs.weights_TK.masked_fill(skipped, weight)), backend)
+        expected = run(
+            EVERY, inputs._replace(ids_TK=ids, weights_TK=inputs.weights_TK.masked_fill(skipped, 0.0)), backend
+        )
+        out = run(
+            EVERY, inputs._replace(ids_TK=ids, weights_TK=inputs.weights_TK.masked_fill(skipped, weight)), backend
+        )
         assert out.isfinite().all()
         assert_bitwise(out, expected)
 
@@ -211,7 +218,9 @@ class TestNotANumber:
         inputs = EVERY.inputs(dtype)
         names = ["ffn"] * E + [kind for kind, count in ALL_KINDS for _ in range(count)]
         if slot != "mixed":
-            inputs.ids_TK[3] = -1 if slot == "skipped" else torch.tensor([i for i in range(A) if names[i] == slot][:2] * 2)
+            inputs.ids_TK[3] = (
+                -1 if slot == "skipped" else torch.tensor([i for i in range(A) if names[i] == slot][:2] * 2)
+            )
         expected = run(EVERY, inputs, backend)
         inputs.x_TH[3, column] = NAN
         out = run(EVERY, inputs, backend)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+
 from judge import BY_NAME, CASES, Case, assert_bitwise, judge
 from zemoe import AffineParams, fused_experts, reference, resolve_backend
 from zemoe.experts import BACKENDS
@@ -276,9 +277,7 @@ class TestForm:
             judged = {"num_experts": case.E, "zero_expert_kinds": kind}
             out = fused_experts(*inputs[:5], **judged, backend=backend)
             exact = reference.experts(*case.inputs()[:5], num_experts=case.E, zero_expert_kinds=kind)
-            own = reference.experts(
-                *case.inputs()[:5], num_experts=case.E, zero_expert_kinds=kind, dtype=torch.float32
-            )
+            own = reference.experts(*case.inputs()[:5], num_experts=case.E, zero_expert_kinds=kind, dtype=torch.float32)
             judge(out, exact, own)
 
     @pytest.mark.parametrize("kind", ["constant", "scaled_identity"])

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judge import assert_bitwise, judge
 from torch import nn
+
+from judge import assert_bitwise, judge
 from zemoe import FusedMoE, ZeroExpertFusedMoE, observe, reference, select_experts
 from zemoe.routing import SCORES
 
@@ -261,7 +262,9 @@ class TestDecomposition:
         _, weights, ids = layer.route(x, logits)
         zero = layer._compute_zero_expert_result(x, weights, ids)
         assert zero.shape == x.shape and zero.dtype == dtype
-        base = base_layer(params_dtype=dtype, custom_routing_function=lambda **_: (weights, ids.masked_fill(ids >= E, -1)))
+        base = base_layer(
+            params_dtype=dtype, custom_routing_function=lambda **_: (weights, ids.masked_fill(ids >= E, -1))
+        )
         base.load_state_dict(layer.state_dict(), strict=False)
         real = base(x, logits[:, :E])
         exact = real.double() + zero.double()
@@ -359,9 +362,7 @@ class TestBias:
         router = Classifier()
         layer = zero_layer(router=router)
         x, logits = tokens()
-        expected = select_experts(
-            logits, K, num_experts=E, e_score_correction_bias=router.e_score_correction_bias
-        )
+        expected = select_experts(logits, K, num_experts=E, e_score_correction_bias=router.e_score_correction_bias)
         _, weights, ids = layer.route(x, logits)
         assert_bitwise(ids, expected[1])
         assert_bitwise(weights, expected[0])
@@ -685,7 +686,7 @@ class TestMemo:
                         barrier.wait()
                         results[number].append(layer._select_experts_from_memo(torch.zeros(3, H), None)[1])
                         barrier.wait()
-            except Exception as error:  # noqa: BLE001 - shown below, in the main thread
+            except Exception as error:
                 errors.append(error)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
@@ -864,7 +865,7 @@ class TestGradients:
     def test_the_routers_bias_gets_none(self):
         router = Classifier()
         layer = zero_layer(router=router)
-        x, logits = tokens()
+        x, _ = tokens()
         layer(x, router(x)).sum().backward()
         assert router.e_score_correction_bias.grad is None and router.weight.grad is not None
 
@@ -1065,7 +1066,11 @@ class TestWeightLoader:
         layer = zero_layer()
         expected = {name: value.clone() for name, value in layer.state_dict().items()}
         layer.weight_loader(self.param(layer, shard), self.W[shard], f"experts.2.{shard}.weight", shard, 2)
-        place = {"w1": expected["w13_weight"][2, :I], "w3": expected["w13_weight"][2, I:], "w2": expected["w2_weight"][2]}
+        place = {
+            "w1": expected["w13_weight"][2, :I],
+            "w3": expected["w13_weight"][2, I:],
+            "w2": expected["w2_weight"][2],
+        }
         place[shard].copy_(self.W[shard])
         for name, value in layer.state_dict().items():
             assert_bitwise(value, expected[name])
@@ -1141,7 +1146,9 @@ class TestWeightLoader:
         model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": layer})})
         generator = torch.Generator().manual_seed(2)
         checkpoint = {
-            f"mlp.experts.{expert}.{name}_proj.weight": torch.randn((H, I) if name == "down" else (I, H), generator=generator)
+            f"mlp.experts.{expert}.{name}_proj.weight": torch.randn(
+                (H, I) if name == "down" else (I, H), generator=generator
+            )
             for expert, name in itertools.product(range(A), ("gate", "up", "down"))
         }
         mapping = FusedMoE.make_expert_params_mapping("gate_proj", "down_proj", "up_proj", A)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import zemoe
 
 ROOT = Path(zemoe.__file__).parent
@@ -90,7 +91,7 @@ def test_rooms(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_frameworks(path):
-    """An integration knows its one framework; nobody else imports any when it is imported. Triton stays in its folder."""
+    """An integration knows its one framework; nobody else imports any. Triton stays in its folder."""
     outside = {name.split(".")[0] for name in imports(path)}
     relative = path.relative_to(ROOT).parts
     if relative[0] == "integrations":
@@ -153,7 +154,8 @@ def test_import_and_a_layer_need_torch_alone():
         "assert functions == vars(torch.nn.functional), 'importing patches'\n"
         "for name in zemoe.__all__: getattr(zemoe, name)\n"
         "from zemoe import FusedMoE, ZeroExpertFusedMoE\n"
-        "layer = zemoe.ZeroExpertFusedMoE(2, 'identity', None, num_experts=2, top_k=2, hidden_size=4, intermediate_size=4)\n"
+        "sizes = dict(num_experts=2, top_k=2, hidden_size=4, intermediate_size=4)\n"
+        "layer = zemoe.ZeroExpertFusedMoE(2, 'identity', None, **sizes)\n"
         "for p in layer.parameters(): torch.nn.init.normal_(p)\n"
         "layer(torch.randn(3, 4), torch.randn(3, 4)).sum().backward()"
     )
@@ -163,4 +165,3 @@ def test_import_and_a_layer_need_torch_alone():
 def test_the_wall_blocks():
     with pytest.raises(AssertionError, match="blocked: safetensors"):
         run_blocked("import safetensors")
-

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judge import assert_bitwise, judge
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from judge import assert_bitwise, judge
 from zemoe import MoE, MoEConfig, observe, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

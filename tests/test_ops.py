@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from judge import BY_NAME, Case
 from torch.autograd import gradcheck, gradgradcheck
+
+from judge import BY_NAME, Case
 from zemoe import ops
 from zemoe.plan import make_plan
 
@@ -111,7 +112,11 @@ class TestOpcheck:
 
     def test_every_op_is_here(self):
         """An op that somebody adds has to be checked too."""
-        names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("zemoe::")}
+        names = {
+            name.split("::")[1].split(".")[0]
+            for name in torch._C._dispatch_get_all_op_names()
+            if name.startswith("zemoe::")
+        }
         tested = {"moe_ffn", "moe_ffn_backward", "grouped_linear", "grouped_outer", "plan", "topk_ids"}
         assert names == tested
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from judge import CASES, NO_TOKENS
 from zemoe.plan import RoutingPlan, make_plan
 
@@ -89,7 +90,9 @@ def test_ids_that_name_no_slot(wrong, slots, place):
     assert str(wrong) in str(error.value) and "-1" in str(error.value)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2), torch.zeros(1, 3, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2), torch.zeros(1, 3, 2, dtype=torch.int64)]
+)
 def test_shape_and_dtype(ids):
     with pytest.raises(ValueError, match="topk_ids"):
         make_plan(ids, 6)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from zemoe import reference
 
 LN = [math.log(v) for v in (1.0, 2.0, 3.0, 4.0)]  # softmax of these is 0.1, 0.2, 0.3, 0.4
@@ -58,7 +59,9 @@ class TestScores:
         close(select([1000 + v for v in LN]).scores_TA, [[0.1, 0.2, 0.3, 0.4]])
 
     def test_sigmoid(self):
-        close(select([0.0, math.log(3), -math.log(3), 800.0], scoring_func="sigmoid").scores_TA, [[0.5, 0.75, 0.25, 1.0]])
+        close(
+            select([0.0, math.log(3), -math.log(3), 800.0], scoring_func="sigmoid").scores_TA, [[0.5, 0.75, 0.25, 1.0]]
+        )
 
     def test_sqrtsoftplus(self):
         logits = [math.log(math.e - 1), math.log(math.e**4 - 1), -1000.0, 900.0]
@@ -118,7 +121,7 @@ class TestChoice:
 
 
 class TestGroups:
-    LOGITS = [math.log(v) for v in (30.0, 1.0, 20.0, 19.0, 5.0, 25.0)]  # over 100
+    LOGITS = tuple(math.log(v) for v in (30.0, 1.0, 20.0, 19.0, 5.0, 25.0))  # over 100
 
     def test_by_best_slot(self):
         kinds = (("zero", 4),)
@@ -205,7 +208,14 @@ class TestExperts:
             self.run([1.0], [0], activation="relu")
 
     def test_kinds_in_id_order(self):
-        kinds = (("scaled_identity", 1), ("constant", 1), ("null", 1), ("copy", 1), ("constant", 1), ("scaled_identity", 1))
+        kinds = (
+            ("scaled_identity", 1),
+            ("constant", 1),
+            ("null", 1),
+            ("copy", 1),
+            ("constant", 1),
+            ("scaled_identity", 1),
+        )
         params = SimpleNamespace(
             constant_router=torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, math.log(2.0)]]]),
             constant_value=torch.tensor([[8.0, 0.0], [0.0, 10.0]]),

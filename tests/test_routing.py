@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_bitwise, check_selection, judge
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from judge import assert_bitwise, check_selection, judge
 from zemoe import MoEConfig, Routing, observe, reference, select_experts
 from zemoe.routing import SCORES, Router, RoutingModule
 
@@ -72,12 +73,22 @@ class TestAgainstTheReference:
         ):
             assert_bitwise(left, right)
 
-    @pytest.mark.parametrize(("T", "slots", "top_k"), [(0, 24, 3), (1, 1, 1), (1, 24, 1), (7, 24, 24), (3, 769, 12), (200, 17, 2)])
+    @pytest.mark.parametrize(
+        ("T", "slots", "top_k"), [(0, 24, 3), (1, 1, 1), (1, 24, 1), (7, 24, 24), (3, 769, 12), (200, 17, 2)]
+    )
     def test_shapes(self, T, slots, top_k):
-        check(logits_of(T, slots=slots), top_k, 0.0 if T == 0 else 0.5, num_experts=min(E, slots), zero_expert_kinds=(("zero", max(slots - E, 0)),))
+        check(
+            logits_of(T, slots=slots),
+            top_k,
+            0.0 if T == 0 else 0.5,
+            num_experts=min(E, slots),
+            zero_expert_kinds=(("zero", max(slots - E, 0)),),
+        )
 
     def test_no_ffn_experts(self):
-        weights, _ = check(logits_of(5, slots=4), 2, num_experts=0, zero_expert_kinds=(("identity", 4),), renormalize="real")
+        weights, _ = check(
+            logits_of(5, slots=4), 2, num_experts=0, zero_expert_kinds=(("identity", 4),), renormalize="real"
+        )
         assert (weights == 0).all()
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -93,7 +104,13 @@ class TestAgainstTheReference:
         logits, bias = logits_of(9), bias_of(A)
         before = logits.clone(), bias.clone()
         select_experts(
-            logits, 4, num_experts=E, zero_expert_kinds=KINDS, e_score_correction_bias=bias, num_expert_group=6, topk_group=2
+            logits,
+            4,
+            num_experts=E,
+            zero_expert_kinds=KINDS,
+            e_score_correction_bias=bias,
+            num_expert_group=6,
+            topk_group=2,
         )
         assert_bitwise(logits, before[0])
         assert_bitwise(bias, before[1])
@@ -114,7 +131,9 @@ class TestAgainstTheReference:
 
     def test_twice_the_same_bits(self):
         logits = logits_of(300)
-        first, second = (select_experts(logits, 6, num_experts=E, zero_expert_kinds=KINDS, renormalize=True) for _ in range(2))
+        first, second = (
+            select_experts(logits, 6, num_experts=E, zero_expert_kinds=KINDS, renormalize=True) for _ in range(2)
+        )
         assert_bitwise(first[0], second[0])
         assert_bitwise(first[1], second[1])
 
@@ -134,7 +153,13 @@ class TestTies:
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("scoring_func", sorted(SCORES))
     @settings(max_examples=25, deadline=None)
-    @given(st.lists(st.lists(st.sampled_from([-INF, -3.0, -0.0, 0.0, 0.7, 2.5]), min_size=12, max_size=12), min_size=1, max_size=5))
+    @given(
+        st.lists(
+            st.lists(st.sampled_from([-INF, -3.0, -0.0, 0.0, 0.7, 2.5]), min_size=12, max_size=12),
+            min_size=1,
+            max_size=5,
+        )
+    )
     def test_few_values(self, scoring_func, bias, groups, logits):
         rules = {"num_experts": 8, "zero_expert_kinds": (("identity", 4),), "scoring_func": scoring_func}
         # With groups all biases are 0: else sums over two groups could differ by their rounding alone.
@@ -157,7 +182,11 @@ class TestTies:
 @given(st.data())
 def test_any_rules(data):
     num_experts = data.draw(st.integers(0, 9))
-    kinds = data.draw(st.lists(st.tuples(st.sampled_from(["identity", "copy", "zero", "null", "constant"]), st.integers(0, 3)), max_size=4))
+    kinds = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(["identity", "copy", "zero", "null", "constant"]), st.integers(0, 3)), max_size=4
+        )
+    )
     slots = num_experts + sum(count for _, count in kinds)
     if slots == 0:
         return
@@ -210,7 +239,14 @@ class TestEdges:
         bias[::3] = 1000.0
         rules = {"num_expert_group": groups[0], "topk_group": groups[1]} if groups else {}
         weights, ids = check(
-            logits, 5, 0.5, **self.RULES, scoring_func=scoring_func, renormalize=mode, e_score_correction_bias=bias, **rules
+            logits,
+            5,
+            0.5,
+            **self.RULES,
+            scoring_func=scoring_func,
+            renormalize=mode,
+            e_score_correction_bias=bias,
+            **rules,
         )
         assert (ids % 3 != 0).all() and weights.isfinite().all()
 
@@ -252,7 +288,12 @@ class TestEdges:
         weights, _ = select_experts(logits, 3, **self.RULES, renormalize="real")
         assert weights.tolist() == [[0.0, 0.0, 0.0]]
         weights, _ = select_experts(
-            torch.full((1, A), -300.0), 3, **self.RULES, renormalize="all", scoring_func="sigmoid", routed_scaling_factor=6.0
+            torch.full((1, A), -300.0),
+            3,
+            **self.RULES,
+            renormalize="all",
+            scoring_func="sigmoid",
+            routed_scaling_factor=6.0,
         )
         assert weights.tolist() == [[0.0, 0.0, 0.0]]
 
@@ -272,7 +313,9 @@ class TestGradients:
     def test_logits(self, scoring_func, mode):
         rules = {"num_experts": E, "zero_expert_kinds": KINDS, "scoring_func": scoring_func, "renormalize": mode}
         rules |= {"e_score_correction_bias": bias_of(A), "routed_scaling_factor": 3.0}
-        mine, exact, own = ((0.5 * logits_of(12)).to(d).requires_grad_() for d in (torch.float32, torch.float64, torch.float32))
+        mine, exact, own = (
+            (0.5 * logits_of(12)).to(d).requires_grad_() for d in (torch.float32, torch.float64, torch.float32)
+        )
         weights, ids = select_experts(mine, 5, **rules)
         seeds = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
         (weights * seeds).sum().backward()
@@ -291,7 +334,9 @@ class TestGradients:
         logits[3, 1:] = low  # fewer than K remain
         logits[3, 0] = 0.0
         logits.requires_grad_()
-        weights, _ = select_experts(logits, 4, num_experts=E, zero_expert_kinds=KINDS, scoring_func=scoring_func, renormalize=mode)
+        weights, _ = select_experts(
+            logits, 4, num_experts=E, zero_expert_kinds=KINDS, scoring_func=scoring_func, renormalize=mode
+        )
         (weights * torch.rand(4, 4)).sum().backward()
         assert logits.grad.isfinite().all()
 
@@ -328,7 +373,11 @@ class TestRefusals:
             (2, {"num_expert_group": 0, "topk_group": 1}, ["num_expert_group", "0"]),
             (2, {"num_expert_group": 4, "topk_group": 0}, ["topk_group", "0"]),
             (9, {"num_expert_group": 6, "topk_group": 2}, ["top_k", "9", "8"]),
-            (2, {"num_expert_group": 24, "topk_group": 3, "e_score_correction_bias": torch.zeros(24)}, ["num_expert_group", "24", "2"]),
+            (
+                2,
+                {"num_expert_group": 24, "topk_group": 3, "e_score_correction_bias": torch.zeros(24)},
+                ["num_expert_group", "24", "2"],
+            ),
         ],
     )
     def test_message(self, top_k, rules, parts):

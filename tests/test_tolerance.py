@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+
 from judge import CASES, Case, check_selection, judge, rejects
 from zemoe import reference
 
@@ -104,7 +105,9 @@ def test_an_unclear_choice_is_left_open():
 
 def test_each_case_is_what_it_says():
     ids = {case.name: case.inputs().ids_TK for case in CASES}
-    assert not (ids["empty_expert"] == 1).any() and (ids["empty_expert"] == 0).any() and (ids["empty_expert"] == 2).any()
+    assert (
+        not (ids["empty_expert"] == 1).any() and (ids["empty_expert"] == 0).any() and (ids["empty_expert"] == 2).any()
+    )
     assert (ids["all_zero"] >= 6).all()
     assert (ids["all_on_one"] == 2).any(dim=1).all()
     assert (ids["skips"][0] == -1).all() and (ids["skips"] >= 0).any()

@@ -152,7 +152,9 @@ def select(
         choice_A = scores_A.detach().clone()
         if e_score_correction_bias is not None:
             choice_A[: len(e_score_correction_bias)] += e_score_correction_bias.to(dtype)
-        choice = [-INF if logit == -INF else value for logit, value in zip(logits_A.tolist(), choice_A.tolist())]
+        choice = [
+            -INF if logit == -INF else value for logit, value in zip(logits_A.tolist(), choice_A.tolist(), strict=True)
+        ]
         if num_expert_group is not None and topk_group is not None:
             biased = e_score_correction_bias is not None
             for slot in _outside_best_groups(choice, num_expert_group, topk_group, biased):
@@ -302,7 +304,7 @@ def longcat_group_loss(
         members.append(list(range(num_experts, num_slots)))
         per_choice.append(1 / (top_k - expected_ffn))
     loss = torch.zeros((), dtype=dtype)
-    for slots, factor in zip(members, per_choice):
+    for slots, factor in zip(members, per_choice, strict=True):
         mass = torch.zeros((), dtype=dtype)
         choosing = 0
         for t in valid:

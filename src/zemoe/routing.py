@@ -298,7 +298,7 @@ class Observed(Mapping[tuple[str, int], Routing]):
         self._routings[layer, micro_batch] = routing
 
     def _repeated(self, layer: str, routing: Routing, latest: int) -> int:
-        """The micro-batch that an activation checkpoint is computing again: the same ids and, to the bit, the same logits.
+        """The micro-batch that an activation checkpoint computes again: the same ids and, to the bit, the same logits.
 
         Where kernels don't repeat their bits, the latest one with the same ids.
         """
