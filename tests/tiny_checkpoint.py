@@ -30,7 +30,8 @@ def byte_tokenizer() -> Tokenizer:
 def write_checkpoint(folder: Path, **changes) -> Path:
     """In the original layout. A random model, so it writes bytes that are seldom UTF-8; it never ends by itself."""
     tokenizer = byte_tokenizer()
-    settings = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": CONTEXT, "bos_token_id": None}
+    settings = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": CONTEXT}
+    settings |= {"bos_token_id": None, "pad_token_id": 0}
     model = tiny_model(**(settings | changes))
     save_original_layout(model.state_dict().items(), folder, json.loads(model.config.to_json_string()))
     tokenizer.save(str(folder / "tokenizer.json"))

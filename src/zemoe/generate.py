@@ -84,7 +84,7 @@ def _failing_with(code: int, prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise CommandError(f"{prefix}{error or type(error).__name__}", code) from error
+        raise CommandError(f"{prefix}{str(error) or type(error).__name__}", code) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # torch's CPU allocator has no exception of its own
             raise

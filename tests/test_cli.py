@@ -1,0 +1,517 @@
+"""The command as people and programs use it: output, errors, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from dataclasses import replace
+from importlib.metadata import entry_points, version
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import zemoe
+from tiny_checkpoint import CONTEXT, byte_tokenizer, write_checkpoint
+from zemoe import generate as generate_module
+from zemoe.cli import app, main
+from zemoe.experts import BACKENDS
+from zemoe.generate import EMBEDDED, OPENINGS
+
+PROGRAM = [sys.executable, "-c", "import sys; from zemoe.cli import main; sys.exit(main())"]
+# The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal.
+PROGRAM_ON_TERMINAL = [
+    sys.executable,
+    "-c",
+    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from zemoe.cli import main; sys.exit(main())",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """A checkpoint with a context that nobody fills before pressing Ctrl-C."""
+    return write_checkpoint(tmp_path_factory.mktemp("endless") / "model", max_position_embeddings=10**6)
+
+
+@pytest.fixture
+def generate(checkpoint, capsys):
+    """Run `zemoe generate` on the random checkpoint; the exit code, stdout and stderr."""
+
+    def run(*arguments, model=checkpoint):
+        code = main(["generate", "--model", str(model), *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def environment(**changes) -> dict[str, str]:
+    drop = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES")
+    return {k: v for k, v in os.environ.items() if k not in drop} | changes
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_version_and_entry_point(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"zemoe {zemoe.__version__}\n"
+    assert version("zemoe") == zemoe.__version__
+    (script,) = entry_points(group="console_scripts", name="zemoe")
+    assert script.load() is main
+
+
+def test_help():
+    runner = CliRunner()
+    shown = runner.invoke(app(), ["--help"])
+    assert shown.exit_code == 0
+    commands = re.findall(r"^│ (\w+) {2}", shown.output, re.M)
+    assert commands == ["generate", "doctor"]
+    shown = runner.invoke(app(), ["generate", "--help"], env={"COLUMNS": "100"})
+    assert shown.exit_code == 0
+    options = "prompt style max-new-tokens temperature top-p seed model backend device dtype json"
+    for option in options.split(" "):
+        assert f" --{option} " in shown.output
+
+
+def test_without_a_command_it_helps(capsys):
+    assert main([]) == 2
+    out = "".join(capsys.readouterr())
+    assert "Usage: zemoe" in out and "Traceback" not in out
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+
+
+def test_text_and_table(generate):
+    code, out, err = generate("--seed", 7, "--max-new-tokens", 30)
+    assert (code, err) == (0, "")
+    headline, empty, *text = out.split("\n")
+    assert headline.endswith("2 layers, 4 of 5 FFN and 3 zero experts a token; style austen") and empty == ""
+    assert text[0].startswith(OPENINGS["austen"])
+    for name in (
+        "prompt",
+        "decoding",
+        "FFN experts",
+        "zero share",
+        "  layer 0",
+        "  layer 1",
+        "backend",
+        "stopped by",
+        "seed",
+    ):
+        assert re.search(rf"^{name}  +\S", out, re.M), name
+    assert re.search(r"^backend +cpu: the first that works on cpu in torch.float32", out, re.M)
+    assert re.search(r"^seed +7 *$", out, re.M)
+    assert re.search(r"^stopped by +--max-new-tokens *$", out, re.M)
+    assert "\x1b" not in out
+
+
+def test_json(generate):
+    code, out, err = generate("--json", "--seed", 7, "--prompt", "the sea", "--style", "bible", "--max-new-tokens", 20)
+    assert code == 0
+    result = json.loads(out)
+    assert out.count("\n") == 1
+    assert "FFN experts" in err and "the sea" in err
+    assert result["text"] in err
+    ids = [token["id"] for token in result["tokens"]]
+    assert len(ids) == 20
+    assert result["text"] == byte_tokenizer().decode(ids) == "".join(token["text"] for token in result["tokens"])
+    prompt_ids = [token["id"] for token in result["prompt_tokens"]]
+    assert prompt_ids == [byte_tokenizer().token_to_id("<|bible|>"), *byte_tokenizer().encode("the sea").ids]
+    for token in result["tokens"] + result["prompt_tokens"]:
+        assert token["ffn_experts"] == sum(token["ffn_experts_by_layer"])
+        assert len(token["ffn_experts_by_layer"]) == result["num_layers"] == 2
+    assert result["mean_ffn_experts"] == pytest.approx(sum(token["ffn_experts"] for token in result["tokens"]) / 20)
+    for layer, entry in enumerate(result["layers"]):
+        mean = sum(token["ffn_experts_by_layer"][layer] for token in result["tokens"]) / 20
+        assert entry == pytest.approx({"layer": layer, "mean_ffn_experts": mean, "zero_share": 1 - mean / 4})
+    assert result["sampling"] == {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+    assert (result["prompt"], result["style"], result["finish"]) == ("the sea", "bible", "length")
+    assert (result["device"], result["dtype"], result["backend"]["name"]) == ("cpu", "float32", "cpu")
+    assert (result["num_experts"], result["num_zero_experts"], result["top_k"]) == (5, 3, 4)
+    for part, tokens in (("prompt", len(prompt_ids)), ("decode", 20)):
+        timing = result["timing"][part]
+        assert timing["tokens"] == tokens
+        assert timing["tokens_per_second"] == pytest.approx(tokens / timing["seconds"])
+
+
+def tokens_of(result) -> list[int]:
+    assert result[0] == 0
+    return [token["id"] for token in json.loads(result[1])["tokens"]]
+
+
+def test_seed_repeats_and_is_told(generate):
+    first = tokens_of(generate("--json", "--seed", 1))
+    assert first == tokens_of(generate("--json", "--seed", 1))
+    assert first != tokens_of(generate("--json", "--seed", 2))
+    drawn = json.loads(generate("--json")[1])
+    again = tokens_of(generate("--json", "--seed", drawn["sampling"]["seed"]))
+    assert again == [token["id"] for token in drawn["tokens"]]
+    assert json.loads(generate("--json")[1])["sampling"]["seed"] != drawn["sampling"]["seed"]
+
+
+def test_sampling_options_reach_the_draw(generate):
+    greedy = tokens_of(generate("--json", "--temperature", 0, "--seed", 1))
+    assert greedy == tokens_of(generate("--json", "--temperature", 0, "--seed", 2))
+    assert greedy == tokens_of(generate("--json", "--top-p", 1e-9, "--seed", 3))
+    assert greedy != tokens_of(generate("--json", "--seed", 3))
+
+
+def test_the_context_ends_it(generate):
+    result = json.loads(generate("--json", "--max-new-tokens", 10000)[1])
+    assert result["finish"] == "context"
+    assert len(result["tokens"]) + len(result["prompt_tokens"]) == CONTEXT
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_backend_is_the_one_that_computes(generate, monkeypatch, name):
+    """Both ops are counted, so a name that is shown but not used would be found out."""
+    calls = {"cpu": 0, "torch": 0}
+    for backend in calls:
+
+        def spy(*args, op=BACKENDS[backend].moe_ffn, backend=backend):
+            calls[backend] += 1
+            return op(*args)
+
+        monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], moe_ffn=spy))
+    code, out, _ = generate("--json", "--backend", name, "--max-new-tokens", 3, "--seed", 1)
+    assert code == 0
+    assert json.loads(out)["backend"]["name"] == name
+    assert json.loads(out)["backend"]["reason"].startswith("asked for")
+    other = "torch" if name == "cpu" else "cpu"
+    assert calls == {name: 2 * 4, other: 0}, "two layers, the prompt and three tokens"
+
+
+def test_dtype(generate):
+    for name in ("bfloat16", "float64"):
+        assert json.loads(generate("--json", "--dtype", name, "--max-new-tokens", 2)[1])["dtype"] == name
+
+
+def test_threads_are_given_back(generate):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert generate("--max-new-tokens", 2)[0] == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_without_styles(checkpoint, tmp_path, generate):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:1]
+    path.write_text(json.dumps(tokenizer))
+    result = json.loads(generate("--json", "--max-new-tokens", 2, model=folder)[1])
+    assert result["style"] is None and result["prompt"] == OPENINGS["austen"]
+    code, _, err = generate("--style", "austen", model=folder)
+    assert (code, err) == (2, "zemoe: error: --style must be left out (this model has none), got 'austen'\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", " \n "], "--prompt is empty"),
+        (["--prompt", "\udcff"], "--prompt must be valid UTF-8"),
+        (["--prompt", "z" * 200], f"--prompt must be shorter than the model's context of {CONTEXT} tokens, got 201"),
+        (["--style", "homer"], "--style must be one of austen, bible, got 'homer'"),
+        (["--style", "<|endoftext|>"], "--style must be one of austen, bible"),
+        (["--backend", "abacus"], "--backend must be one of ['cpu', 'torch'], got 'abacus'"),
+        (["--device", "abacus"], "--device must be one that torch can use here (cpu"),
+        (["--device", "meta"], "--device must be one that torch can use here (cpu"),
+        (["--device", "cuda:77"], "--device must be one that torch can use here (cpu"),
+        (["--dtype", "int8"], "--dtype must be one of auto, float32"),
+        (["--temperature", "-1"], "--temperature must be a finite number >= 0, got -1.0"),
+        (["--temperature", "nan"], "--temperature must be a finite number"),
+        (["--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--seed", str(10**30)], "--seed must be at least 0"),
+        (["--seed", "one"], "--seed"),
+        (["--max-new-tokens", "many"], "--max-new-tokens"),
+        (["--poem"], "--poem"),
+        (["--prompt"], "--prompt"),
+    ],
+)
+def test_what_is_asked_wrongly(generate, arguments, said):
+    code, out, err = generate(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("zemoe: error: ") and said in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_unknown_command(capsys):
+    assert main(["sing"]) == 2
+    assert "'sing'" in capsys.readouterr().err
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def damage_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def damage_tokenizer(folder):
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BP')
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def other_json_for_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("[]")
+
+
+def foreign_tokenizer(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] += [dict(content["added_tokens"][0], id=5000, content="<|poe|>")]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def nan_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def only_config(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (damage_config, "config.json: model_type must be 'longcat_flash'"),
+        (damage_weights, "truncated"),
+        (only_config, "model.safetensors: no such file"),
+        (no_tokenizer, "tokenizer.json of the model is not readable: "),
+        (damage_tokenizer, "tokenizer.json of the model is not readable: "),
+        (other_json_for_tokenizer, "tokenizer.json: is not a tokenizer"),
+        (foreign_tokenizer, "tokenizer.json: does not belong to this model"),
+        (nan_weights, "the model's logits are not finite"),
+    ],
+)
+def test_a_damaged_model(generate, checkpoint, tmp_path, damage, said):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    damage(folder)
+    code, out, err = generate("--style", "poe" if damage is foreign_tokenizer else "austen", model=folder)
+    assert code == 1
+    assert err.startswith("zemoe: error: ") and said in err and err.count("\n") == 1
+    assert out == "" or out.endswith("\n"), "what was begun is ended with its line"
+
+
+def test_wrong_paths(generate, tmp_path):
+    (tmp_path / "file").touch()
+    for path, found in ((tmp_path / "nowhere", "nothing"), (tmp_path / "file", "a file")):
+        code, _, err = generate(model=path)
+        assert code == 2
+        assert err == f"zemoe: error: --model must be a LongCat-Flash checkpoint folder, found {found} at {path}\n"
+    code, _, err = generate(model=tmp_path)
+    assert code == 1 and "config.json: no such file" in err
+
+
+def test_too_little_memory(generate, monkeypatch):
+    errors = (torch.OutOfMemoryError("out of memory.\nTried"), MemoryError(), RuntimeError("can't allocate memory: 1"))
+    for error in errors:
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(generate_module, "generate", fail)
+        code, _, err = generate()
+        assert code == 1 and err.count("\n") == 1 and "emory" in err
+
+
+def test_other_errors_are_not_hidden(generate, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(generate_module, "generate", fail)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        generate()
+
+
+def test_click_runner_sees_the_same(checkpoint):
+    result = CliRunner().invoke(app(), ["generate", "--model", str(checkpoint), "--style", "homer"])
+    assert result.exit_code == 2
+    assert result.output.startswith("zemoe: error: --style")
+
+
+# ------------------------------------------------------------------------------------------------- as its own process
+
+
+def test_json_of_a_process_is_clean(checkpoint):
+    arguments = ["generate", "--model", str(checkpoint), "--json", "--seed", "3", "--prompt", "the sea — 海"]
+    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, env=environment(), timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["prompt"] == "the sea — 海" and len(result["tokens"]) == CONTEXT - len(result["prompt_tokens"])
+    assert b"\x1b" not in done.stderr and b"Loading" not in done.stderr
+
+
+def test_a_terminal_without_unicode(checkpoint):
+    arguments = ["generate", "--model", str(checkpoint), "--seed", "1"]
+    ascii_only = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    done = subprocess.run([*PROGRAM, *arguments], capture_output=True, env=ascii_only, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"?" in done.stdout and b"#" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_a_reader_that_goes_away(checkpoint):
+    arguments = ["generate", "--model", str(checkpoint)]
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    assert process.stderr.read() == b""
+
+
+class TerminalSession:
+    """A process on a pseudo-terminal of its own, both output streams on it."""
+
+    def __init__(self, arguments, env) -> None:
+        self.fd, inside = pty.openpty()
+        self.before = termios.tcgetattr(inside)
+        self.inside = inside
+        streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+        self.process = subprocess.Popen([*PROGRAM_ON_TERMINAL, *arguments], **streams, env=env, start_new_session=True)
+        self.written = ""
+
+    def read_until(self, pattern: str, seconds: float = 100) -> None:
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.written):
+            assert time.monotonic() < end, f"{pattern!r} didn't come: {self.written!r}"
+            self._read(1.0)
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return False
+        self.written += os.read(self.fd, 65536).decode(errors="replace")
+        return True
+
+    def finish(self) -> int:
+        end = time.monotonic() + 100
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.written
+            self._read(0.2)
+        while self._read(0.0):
+            pass
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        os.close(self.fd)
+        os.close(self.inside)
+
+
+@pytest.fixture
+def on_terminal():
+    sessions = []
+
+    def start(*arguments, **changes) -> TerminalSession:
+        settings = {"TERM": "xterm-256color", "COLORTERM": "truecolor"} | changes
+        sessions.append(TerminalSession([str(argument) for argument in arguments], environment(**settings)))
+        return sessions[-1]
+
+    yield start
+    for session in sessions:
+        session.close()
+
+
+def assert_clean(session: TerminalSession) -> None:
+    """Cursor shown, colours reset, the last line ended, the terminal's own settings untouched, no traceback."""
+    written = session.written
+    assert written.rfind("\x1b[?25h") >= written.rfind("\x1b[?25l")
+    styles = re.findall(r"\x1b\[[0-9;]*m", written)
+    assert not styles or styles[-1] == "\x1b[0m"
+    assert termios.tcgetattr(session.inside) == session.before
+    assert "Traceback" not in written
+
+
+def test_ctrl_c_while_writing(on_terminal, endless):
+    session = on_terminal("generate", "--model", endless, "--max-new-tokens", 10**6, "--seed", 1)
+    session.read_until(r"48;2;\d+;\d+;\d+m\w")
+    time.sleep(0.3)
+    os.write(session.fd, b"\x03")
+    assert session.finish() == 130
+    assert_clean(session)
+    assert "\x1b[?25l" in session.written, "there was a spinner, which hides the cursor"
+    table = session.written[session.written.index("\x1b[1mdecoding") :]
+    assert re.search(r"stopped by.*Ctrl-C", table) and re.search(r"layer 1.*%", table)
+    assert int(re.search(r"decoding\D*(\d+) tokens", re.sub(r"\x1b\[[0-9;]*m", "", table))[1]) > 0
+    assert session.written.endswith("\n")
+
+
+def test_ctrl_c_while_loading(on_terminal, endless):
+    session = on_terminal("generate", "--model", endless, "--max-new-tokens", 10**6)
+    session.read_until("loading the model")
+    os.write(session.fd, b"\x03")
+    assert session.finish() == 130
+    assert_clean(session)
+    assert "decoding" not in session.written
+
+
+def test_no_color_on_a_terminal(on_terminal, checkpoint):
+    session = on_terminal("generate", "--model", checkpoint, "--seed", 1, NO_COLOR="1")
+    assert session.finish() == 0
+    assert "\x1b" not in session.written
+    assert "stopped by" in session.written and OPENINGS["austen"] in session.written
+
+
+# --------------------------------------------------------------------------------------------------- the real thing
+
+
+def test_the_embedded_model(capsys):
+    """No arguments but a seed: English in the style of Austen, about four of six choices an FFN expert, in seconds."""
+    start = time.perf_counter()
+    assert main(["generate", "--json", "--seed", "1"]) == 0
+    seconds = time.perf_counter() - start
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == str(EMBEDDED) and result["style"] == "austen"
+    assert len(result["tokens"]) == 200 or result["finish"] == "end"
+    words = re.findall(r"[a-z]+", result["text"].lower())
+    common = set(re.findall(r"\w+", "the and of to a in her she was he that not it had be as with his for you"))
+    assert sum(word in common for word in words) > 0.2 * len(words) > 20
+    assert 12 < result["mean_ffn_experts"] < 20
+    counts = [token["ffn_experts"] for token in result["tokens"]]
+    assert max(counts) - min(counts) >= 6, "tokens differ in what they use"
+    assert seconds < 60
+
+
+def test_the_embedded_models_styles(capsys):
+    for style in OPENINGS:
+        assert main(["generate", "--style", style, "--seed", "1", "--max-new-tokens", "3"]) == 0
+        assert OPENINGS[style].splitlines()[-1] in capsys.readouterr().out
+    assert main(["generate", "--style", "homer"]) == 2
+    assert "must be one of austen, shakespeare, bible, sotu, got 'homer'" in capsys.readouterr().err
