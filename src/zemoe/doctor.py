@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "nu
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
 # of which one gets none.
-_T, _H, _I, _E, _K = 12, 37, 19, 5, 4
+_T, _H, _I, _E, _K = 8, 37, 19, 5, 4
 _KINDS = (("constant", 2), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
 
 

@@ -1,0 +1,115 @@
+"""zemoe doctor: what it finds is so, and its self-test catches a backend that computes something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import zemoe
+from zemoe import doctor
+from zemoe.cli import main
+from zemoe.experts import BACKENDS, resolve_backend
+
+GPU = pytest.param("cuda:0", marks=pytest.mark.gpu)
+
+
+def break_backend(monkeypatch, name, change):
+    op = BACKENDS[name].moe_ffn
+    monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], moe_ffn=lambda *args: change(op, *args)))
+
+
+def test_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    assert found["ok"] is True
+    assert found["versions"]["zemoe"] == zemoe.__version__
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"transformers", "triton", "numpy"} <= set(found["versions"])
+    assert found["threads"] == {"torch": torch.get_num_threads(), "processors": os.cpu_count()}
+    assert list(found["devices"]) == doctor.usable_devices()
+    seen = {(check["device"], check["dtype"], check["backend"]) for check in found["checks"]}
+    dtypes = ("float32", "bfloat16", "float16")
+    assert seen == {(d, t, b) for d in found["devices"] for t in dtypes for b in BACKENDS}
+    for check in found["checks"]:
+        chosen = resolve_backend(check["device"], getattr(torch, check["dtype"])).name
+        assert check["chosen"] == (check["backend"] == chosen)
+        assert check["ok"] and check["usable"] == (check["error"] is not None)
+        assert check["why"]
+        if check["usable"]:
+            assert 0 < check["error"] <= 1, "an error of exactly zero means that nothing was compared"
+
+
+def test_text(capsys):
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "\x1b" not in out
+    for line in ("versions", "devices", f"zemoe         {zemoe.__version__}"):
+        assert line in out
+    assert out.count("chosen, the first that works") == 3 * len(doctor.usable_devices())
+    assert "FAILED" not in out
+
+
+WRONG = {
+    "zeros": lambda op, *args: op(*args) * 0,
+    "a hundredth too much": lambda op, *args: op(*args) * 1.01,
+    "NaN": lambda op, *args: op(*args) * float("nan"),
+    "one choice dropped": lambda op, x, weights, *rest: op(x, drop_one(weights, rest[1]), *rest),
+    "no gradient of the weights": lambda op, x, weights, *rest: op(x, weights.detach() + 0 * weights, *rest),
+    "a gradient of twice the size": lambda op, x, *rest: op(2 * x - x.detach(), *rest),
+}
+
+
+def drop_one(weights, slot_row):
+    """Without the first choice of an FFN expert that there is."""
+    keep = torch.ones_like(weights)
+    keep.view(-1)[int((slot_row.flatten() >= 0).nonzero()[0])] = 0
+    return weights * keep
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_backend_is_found(monkeypatch, name, wrong):
+    break_backend(monkeypatch, name, WRONG[wrong])
+    failed = {(check.backend, check.dtype) for check in doctor.self_test() if not check.ok}
+    assert {backend for backend, _ in failed} == {name}
+    assert (name, "float32") in failed
+    if wrong != "a hundredth too much":  # that is what a bfloat16 result is off by
+        assert {dtype for _, dtype in failed} == {"float32", "bfloat16", "float16"}
+
+
+def test_failure_is_told(monkeypatch, capsys):
+    break_backend(monkeypatch, "torch", WRONG["zeros"])
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED" in line]
+    assert len(failed) == 3 and all(line.split()[2] == "torch" for line in failed)
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_a_backend_that_cant_work_here(monkeypatch, capsys):
+    """It is listed with the reason, and that is no failure."""
+    monkeypatch.setitem(BACKENDS, "abacus", replace(BACKENDS["cpu"], name="abacus", devices=("mps",)))
+    assert main(["doctor"]) == 0
+    assert "backend 'abacus' needs a device of ('mps',)" in capsys.readouterr().out
+    checks = [check for check in doctor.self_test() if check.backend == "abacus"]
+    assert checks and not any(check.usable or check.chosen for check in checks)
+
+
+def test_what_isnt_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package-anywhere"))
+    assert doctor.versions()["no-such-package-anywhere"] is None
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_device(device):
+    assert device in doctor.usable_devices()
+    assert doctor.device_name(device)
