@@ -137,6 +137,20 @@ def cut(keep: int) -> Callable[[Path], None]:
     return edit
 
 
+def edit_header(**changes: object) -> Callable[[Path], None]:
+    """Change what the header says of EXPERT, and nothing else."""
+
+    def edit(folder: Path) -> None:
+        raw = (folder / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        header[EXPERT] = {key: value for key, value in (header[EXPERT] | changes).items() if value != "absent"}
+        changed = json.dumps(header, separators=(",", ":")).encode()
+        (folder / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + raw[end:])
+
+    return edit
+
+
 def replace_by_pickle(name: str, protocol: int | None) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -198,6 +212,15 @@ DAMAGE = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"\0\0"),
         ["model.safetensors", "bytes of data"],
     ),
+    "header with another dtype": (
+        edit_header(dtype="F32"),
+        ["model.safetensors", EXPERT, "3072 bytes", "data_offsets"],
+    ),
+    "header with unknown dtype": (edit_header(dtype="F3"), [EXPERT, "unknown dtype 'F3'"]),
+    "header with a negative size": (edit_header(shape=[-24, -32]), [EXPERT, "[-24, -32]"]),
+    "header without offsets": (edit_header(data_offsets="absent"), [EXPERT, "data_offsets None"]),
+    "header with offsets of text": (edit_header(data_offsets=["0", "1"]), [EXPERT, "data_offsets"]),
+    "header with offsets before the data": (edit_header(data_offsets=[-1536, 0]), [EXPERT, "-1536"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "no such file"]),
     "weights are a folder": (
         lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
