@@ -83,6 +83,11 @@ def test_words_stay_whole(terminal):
     assert all(line == line.lstrip() for line in shown.splitlines())
 
 
+def test_the_last_column_is_used(terminal):
+    shown = visible(paint(terminal, [("x" * 12, 16), (" " + "y" * 11, 16), (" z", 16), (" " + "w" * 23, 16)]))
+    assert shown == f"{'x' * 12} {'y' * 11}\nz\n{'w' * 23}\n"
+
+
 def test_lines_and_wide_characters(terminal):
     shown = visible(paint(terminal, [("one\n\n  two 界界界界界界界界界界 three\n", 16)]))
     assert shown == "one\n\n  two\n界界界界界界界界界界\nthree\n"

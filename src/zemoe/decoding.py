@@ -55,13 +55,13 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     Raises:
         ValueError: if the logits hold a NaN or a +inf.
     """
-    logits_V = logits_V.float().cpu()
+    logits_V = logits_V.cpu().double()
     best = logits_V.max()
     if not best.isfinite():
         raise ValueError("the model's logits are not finite; try --dtype float32, or check the checkpoint")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    # The largest becomes 0, so that no temperature can overflow.
+    # The largest becomes 0, so that no temperature is too low.
     probabilities = ((logits_V - best) / sampling.temperature).softmax(-1)
     ranked, ids = probabilities.sort(descending=True, stable=True)
     ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0.0)

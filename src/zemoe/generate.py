@@ -259,6 +259,9 @@ def _headline(request: Request, loaded: Loaded) -> str:
     model, config = loaded.model, loaded.model.config
     name = "embedded model" if request.model == EMBEDDED else str(request.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    head, embedding = model.lm_head.weight, model.get_input_embeddings().weight
+    if head is not embedding and torch.equal(head, embedding):
+        parameters -= head.numel()  # tied, only stored twice
     return (
         f"{name}: {parameters / 1e6:,.1f} M parameters, {config.num_layers} layers, {config.moe_topk} of "
         f"{config.n_routed_experts} FFN and {config.zero_expert_num} zero experts a token"
