@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from judge import assert_bitwise, judge
+from judge import assert_bitwise, judge, one_thread
 from zemoe import MoE, MoEConfig, observe, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -43,29 +43,29 @@ def previous_logits(T: int = 14) -> torch.Tensor:
 
 def expected(layer: MoE, x, routing, dtype: torch.dtype) -> torch.Tensor:
     """After routing: the layer's own weights and ids, everything else from the reference."""
-    config = layer.config
-    y = reference.experts(
-        x,
-        layer.w13,
-        layer.w2,
-        routing.topk_weights_TK,
-        routing.topk_ids_TK,
-        num_experts=config.num_experts,
-        zero_expert_kinds=config.zero_expert_kinds,
-        affine_params=layer,  # has constant_router, constant_value and scale
-        activation=config.activation,
-        dtype=dtype,
-    )
-    shared = layer.shared_experts
-    if shared is not None:
-        y = y + reference.shared_experts(
+    config, shared = layer.config, layer.shared_experts
+    with one_thread():
+        y = reference.experts(
             x,
-            shared.gate_up_proj.weight,
-            shared.down_proj.weight,
-            None if shared.gate is None else shared.gate.weight,
+            layer.w13,
+            layer.w2,
+            routing.topk_weights_TK,
+            routing.topk_ids_TK,
+            num_experts=config.num_experts,
+            zero_expert_kinds=config.zero_expert_kinds,
+            affine_params=layer,  # has constant_router, constant_value and scale
             activation=config.activation,
             dtype=dtype,
         )
+        if shared is not None:
+            y = y + reference.shared_experts(
+                x,
+                shared.gate_up_proj.weight,
+                shared.down_proj.weight,
+                None if shared.gate is None else shared.gate.weight,
+                activation=config.activation,
+                dtype=dtype,
+            )
     return y
 
 

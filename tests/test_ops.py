@@ -100,6 +100,14 @@ class TestOpcheck:
         torch.library.opcheck(OPS.grouped_outer.default, (left, right, offsets))
 
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_gather_and_sum_rows(self, case, dtype):
+        x, _, row_token, slot_row, *_ = arguments(case, dtype)
+        torch.library.opcheck(OPS.gather_rows.default, (x, row_token, slot_row))
+        rows = torch.randn(len(row_token), case.H).to(dtype).requires_grad_()
+        torch.library.opcheck(OPS.sum_rows.default, (rows, slot_row, row_token))
+
+    @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
     def test_plan(self, case, dtype):
         torch.library.opcheck(OPS.plan.default, (case.inputs().ids_TK.to(dtype), case.E, case.A))
@@ -117,7 +125,8 @@ class TestOpcheck:
             for name in torch._C._dispatch_get_all_op_names()
             if name.startswith("zemoe::")
         }
-        tested = {"moe_ffn", "moe_ffn_backward", "grouped_linear", "grouped_outer", "plan", "topk_ids"}
+        tested = {"moe_ffn", "moe_ffn_backward", "grouped_linear", "grouped_outer", "gather_rows", "sum_rows"}
+        tested |= {"plan", "topk_ids"}
         assert names == tested
 
 
@@ -163,6 +172,15 @@ class TestGradcheck:
         weight = torch.randn(3, 4, 6, dtype=torch.float64).requires_grad_()
         offsets = torch.tensor([0, 2, 2, 5])
         assert gradcheck(lambda rows, weight: OPS.grouped_linear(rows, weight, offsets), (rows, weight))
+
+    @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+    def test_gather_and_sum_rows(self, case):
+        """As far as a row has a choice: what nobody's rows hold and get doesn't matter, as long as it stays there."""
+        x, _, row_token, slot_row, offsets, *_ = arguments(case)
+        held = (torch.arange(len(row_token)) < offsets[-1])[:, None]
+        assert gradcheck(lambda x: OPS.gather_rows(x, row_token, slot_row).masked_fill(~held, 0.0), x)
+        rows = torch.randn(len(row_token), case.H, dtype=torch.float64).requires_grad_()
+        assert gradcheck(lambda rows: OPS.sum_rows(rows.masked_fill(~held, 0.0), slot_row, row_token), rows)
 
     def test_grouped_outer(self):
         left = torch.randn(7, 6, dtype=torch.float64).requires_grad_()
