@@ -59,7 +59,7 @@ def generate(checkpoint, capsys):
 
 
 def environment(**changes) -> dict[str, str]:
-    drop = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES")
+    drop = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES", "PYTHONUNBUFFERED")
     return {k: v for k, v in os.environ.items() if k not in drop} | changes
 
 
@@ -383,16 +383,19 @@ def test_a_terminal_without_unicode(checkpoint):
     assert done.stdout.isascii()
 
 
-def test_a_reader_that_goes_away(checkpoint):
-    arguments = ["generate", "--model", str(checkpoint)]
+@pytest.mark.parametrize("when", ["after a line", "before the JSON"])
+def test_a_reader_that_goes_away(checkpoint, when):
+    arguments = ["generate", "--model", str(checkpoint), *(["--json"] if "JSON" in when else [])]
     process = subprocess.Popen(
         [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     )
     assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
+    if when == "after a line":
+        process.stdout.readline()
     process.stdout.close()
+    complaints = process.stderr.read().decode(errors="replace")
     assert process.wait(timeout=120) == 1
-    assert process.stderr.read() == b""
+    assert "Broken" not in complaints and "Traceback" not in complaints
 
 
 class TerminalSession:
