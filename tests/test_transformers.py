@@ -606,23 +606,27 @@ def test_generation_with_a_static_cache_compiles_without_graph_breaks(stock, ids
     torch._dynamo.reset()
 
 
-# --- tensor parallelism
+# --- sharded weights
 
 
-def run_tensor_parallel(folder: Path, result: Path, layers: str) -> dict:
+def run_two_ranks(folder: Path, result: Path, plan: str) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    script = Path(__file__).with_name("transformers_tensor_parallel.py")
+    script = Path(__file__).with_name("transformers_sharded.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    arguments = ["2", port, str(folder), str(result), layers]
+    arguments = [port, str(folder), str(result), plan]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), rank, *arguments], env=environment, stderr=subprocess.PIPE, text=True
         )
         for rank in ("0", "1")
     ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(error[-2000:] for error in errors)
     return torch.load(result)
 
@@ -631,14 +635,23 @@ def run_tensor_parallel(folder: Path, result: Path, layers: str) -> dict:
 @pytest.mark.parametrize("layout", ["original", "transformers"])
 def test_tensor_parallel_plan(folders, stock, stock_logits, ids, tmp_path, layout):
     """Two ranks, weights sharded, the identity term once: twice or not at all would be far outside the tolerance."""
-    result = run_tensor_parallel(folders[layout], tmp_path / "result.pt", "ours")
-    assert result["class"] == "ZeroExpertLongcatExperts"
-    assert result["local_gate_up"] == (5, 24, 32)  # half the width of every expert, gate and up
-    assert (result["logits"] - stock_logits).abs().max() < TOLERANCE
+    found = run_two_ranks(folders[layout], tmp_path / "result.pt", "tp_size")
+    assert found["class"] == "ZeroExpertLongcatExperts"
+    assert found["local_gate_up"] == (5, 24, 32)  # half the width of every expert, gate and up
+    assert (found["logits"] - stock_logits).abs().max() < TOLERANCE
     model = copy.deepcopy(stock)
     model(ids).logits.square().mean().backward()
     layer = model.model.layers[0]
     expected = {"router": layer.mlp.router.classifier.weight, "norm": layer.post_attention_layernorm[0].weight}
     for name, parameter in expected.items():
         scale = parameter.grad.abs().max()
-        assert (result[name] - parameter.grad).abs().max() < 1e-4 * scale, name
+        assert (found[name] - parameter.grad).abs().max() < 1e-4 * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_whole_experts_may_be_sharded(folders, stock_logits, tmp_path, layout):
+    """FSDP divides the rows: 3 and 2 of 5, so that each rank meets another number of them, and of dead ones."""
+    found = run_two_ranks(folders[layout], tmp_path / "result.pt", "fsdp_size")
+    assert found["local_gate_up"] == (3, 48, 32)
+    assert (found["logits"] - stock_logits).abs().max() < TOLERANCE
