@@ -233,6 +233,13 @@ class TestForm:
         out = run(self.CASE, inputs._replace(weights_TK=weights), backend)
         assert_bitwise(out, run(self.CASE, inputs._replace(weights_TK=weights.float()), backend))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_weights_are_not_rounded_to_the_dtype_of_x(self, backend, dtype):
+        case = Case("identity", "one product, so that each rounding shows", kinds=(("identity", 2),), K=1)
+        inputs = case.inputs(dtype)
+        inputs = inputs._replace(ids_TK=torch.full_like(inputs.ids_TK, case.E))
+        assert_bitwise(run(case, inputs, backend), (inputs.x_TH.float() * inputs.weights_TK).to(dtype))
+
     def test_int32_ids(self, backend):
         inputs = self.CASE.inputs()
         out = run(self.CASE, inputs._replace(ids_TK=inputs.ids_TK.int()), backend)
