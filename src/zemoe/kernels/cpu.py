@@ -1,78 +1,193 @@
-"""The `cpu` backend (first, simple version): one pair of products per expert."""
+"""The `cpu` backend: gather, two products and a sum, expert by expert, so that no more than one expert's rows exist at once.
+
+T tokens, H hidden size, I expert width, E FFN experts, K choices, C constant experts, N = T * K row bound, M rows of one
+expert, R rows with padding.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import grouped
 from .activations import ACTIVATIONS
+from .products import MOST_SHARED_ROWS, has_fast_bfloat16, has_onednn, is_small, padded_rows, product, products
+
+_MOST_PADDING = 16
 
 
-def make_plan(topk_ids_MK: Tensor, num_experts: int):
-    return grouped.plan(topk_ids_MK, num_experts, -1)
+def make_plan(topk_ids_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan; all int64."""
+    M, K = topk_ids_MK.shape
+    ids_N = topk_ids_MK.reshape(-1)
+    # A stable sort of 32-bit integers is torch's fastest.
+    expert_N = torch.where((ids_N < 0) | (ids_N >= num_experts), num_experts, ids_N).to(torch.int32)
+    sorted_N, choice_N = expert_N.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32)
+    expert_offsets = torch.searchsorted(sorted_N, bounds)
+    R = int(expert_offsets[-1])
+    row_token_N = choice_N // K
+    row_token_N[R:] = 0
+    row_N = torch.arange(M * K)
+    row_N[R:] = -1
+    slot_row_MK = torch.empty_like(choice_N).scatter_(0, choice_N, row_N).view(M, K)
+    return row_token_N, slot_row_MK, expert_offsets
 
 
-def forward(x, weights, row_token, slot_row, offsets, w13, w2, alpha, beta, value, activation, save_preact):
-    T, K = slot_row.shape
-    N, acc = row_token.shape[0], weights.dtype
-    row_weight = weights.new_zeros(N)
-    has = slot_row >= 0
-    row_weight[slot_row[has]] = weights[has]
-    y = alpha[:, None] * x.to(acc)
-    if beta is not None:
-        y = y + beta @ value.to(acc)
-    preact = x.new_zeros((N if save_preact else 0, w13.shape[1]))
-    bounds = offsets.tolist()
-    for e in range(w13.shape[0]):
-        a, b = bounds[e], bounds[e + 1]
-        if a == b:
-            continue
-        h = x[row_token[a:b]] @ w13[e].T
+def _row_weights(weights_TK: Tensor, slot_row_TK: Tensor, padding: int) -> Tensor:
+    """[N + padding]: the weight of each row; the last entry takes the weights of choices without a row."""
+    N = slot_row_TK.numel()
+    target_N = torch.where(slot_row_TK < 0, N + padding - 1, slot_row_TK)
+    return weights_TK.new_zeros(N + padding).scatter_(0, target_N.view(-1), weights_TK.reshape(-1))
+
+
+def _rows_by_expert(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, number of rows) of each expert that has any."""
+    bounds = expert_offsets.tolist()
+    return [
+        (e, start, stop - start)
+        for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        if start < stop
+    ]
+
+
+class _Weights:
+    """One expert's weight at a time in the dtype that the products are computed in."""
+
+    def __init__(self, stacked_EOI: Tensor, dtype: torch.dtype) -> None:
+        self.stacked = stacked_EOI
+        same = stacked_EOI.dtype == dtype
+        self.converted = None if same else torch.empty(stacked_EOI.shape[1:], dtype=dtype)
+        self.onednn = has_onednn(stacked_EOI if self.converted is None else self.converted)
+
+    def __getitem__(self, e: int) -> Tensor:
+        return self.stacked[e] if self.converted is None else self.converted.copy_(self.stacked[e])
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and has_fast_bfloat16()):
+        return dtype
+    return torch.float32
+
+
+def forward(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    row_token_N: Tensor,
+    slot_row_TK: Tensor,
+    expert_offsets: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    activation: str,
+    save_preact: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
+    N, acc, I = row_token_N.shape[0], weights_TK.dtype, w2.shape[2]
+    y_TH = x_TH * alpha_T[:, None]
+    if beta_TC is not None and value_CH is not None:
+        y_TH.addmm_(beta_TC, value_CH.to(acc))
+    preact_N2I = x_TH.new_zeros((N if save_preact else 0, 2 * I))
+    dtype = _product_dtype(x_TH.dtype)
+    w13_E, w2_E = _Weights(w13, dtype), _Weights(w2, dtype)
+    token_N = torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING))
+    weight_N1 = _row_weights(weights_TK, slot_row_TK, _MOST_PADDING)[:, None]
+    act = ACTIVATIONS[activation].forward
+    experts = _rows_by_expert(expert_offsets)
+    if dtype == w13.dtype and w13.shape[0] and is_small(w13) and is_small(w2):
+        alone = []
+        by_count: dict[int, list[tuple[int, int]]] = {}
+        for e, start, M in experts:
+            if M <= MOST_SHARED_ROWS:
+                by_count.setdefault(M, []).append((e, start))
+            else:
+                alone.append((e, start, M))
+        experts = alone
+        for M, group in by_count.items():
+            ids, starts = [e for e, _ in group], torch.tensor([start for _, start in group])
+            row_GM = starts[:, None] + torch.arange(M)
+            token = row_token_N[row_GM.view(-1)]
+            both_G2IM = products(w13, ids, x_TH.index_select(0, token).view(len(ids), M, -1))
+            if save_preact:
+                preact_N2I[row_GM] = both_G2IM.transpose(1, 2)
+            gate_GIM, up_GIM = both_G2IM.chunk(2, dim=1)
+            inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[row_GM].transpose(1, 2))
+            out_GHM = products(w2, ids, inner_GIM.transpose(1, 2).contiguous())
+            y_TH.index_add_(0, token, out_GHM.transpose(1, 2).reshape(len(token), -1))
+    for e, start, M in experts:
+        stop = start + padded_rows(M)
+        rows_RH = x_TH.index_select(0, token_N[start:stop]).to(dtype)
+        both_R2I = product(w13_E[e], rows_RH, M, onednn=w13_E.onednn)
         if save_preact:
-            preact[a:b] = h
-        gate, up = h.to(acc).chunk(2, -1)
-        inner = ACTIVATIONS[activation].forward(gate) * up
-        y.index_add_(0, row_token[a:b], (inner.to(x.dtype) @ w2[e].T).to(acc) * row_weight[a:b, None])
-    return y.to(x.dtype), preact
+            preact_N2I[start : start + M] = both_R2I[:M]
+        gate_RI, up_RI = both_R2I.to(acc).chunk(2, dim=1)
+        inner_RI = act(gate_RI).mul_(up_RI).mul_(weight_N1[start : start + len(gate_RI)])
+        out_RH = product(w2_E[e], inner_RI.to(dtype), M, onednn=w2_E.onednn)
+        y_TH.index_add_(0, token_N[start : start + M], out_RH[:M].to(acc).contiguous())
+    return y_TH.to(x_TH.dtype), preact_N2I
 
 
-def backward(grad, x, weights, row_token, slot_row, offsets, w13, w2, alpha, beta, value, preact, activation, needs):
-    N, acc = row_token.shape[0], weights.dtype
-    g = grad.to(acc)
-    has = slot_row >= 0
-    row_weight = weights.new_zeros(N)
-    row_weight[slot_row[has]] = weights[has]
-    drow = weights.new_zeros(N)
-    dx = alpha[:, None] * g
-    dw13, dw2 = torch.zeros_like(w13), torch.zeros_like(w2)
-    bounds = offsets.tolist()
+def backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    row_token_N: Tensor,
+    slot_row_TK: Tensor,
+    expert_offsets: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    preact_N2I: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weights, w13, w2, alpha, beta and value; an empty tensor for each that is not needed.
+
+    Computed in float32 (float64 for float64); an expert's output is never needed again, for
+    d weight = <d out, w2 inner> = <d out w2, inner>.
+    """
+    acc = weights_TK.dtype
+    need_x, need_weights, need_w13, need_w2, need_alpha, need_beta, need_value = needs
+    grad_TH = grad_TH.to(acc)
+    dx_TH = grad_TH * alpha_T[:, None] if need_x else x_TH.new_empty(0)
+    dw13 = torch.empty_like(w13) if need_w13 else x_TH.new_empty(0)
+    dw2 = torch.empty_like(w2) if need_w2 else x_TH.new_empty(0)
+    dweight_N = weights_TK.new_zeros(row_token_N.shape[0] + 1)
+    if need_w13 or need_w2:
+        for e in (expert_offsets.diff() == 0).nonzero().view(-1).tolist():
+            for dweight in (dw13, dw2):
+                dweight[e : e + 1].zero_()
+    w13_E, w2_E = _Weights(w13, acc), _Weights(w2, acc)
+    weight_N1 = _row_weights(weights_TK, slot_row_TK, 1)[:, None]
     act = ACTIVATIONS[activation]
-    for e in range(w13.shape[0]):
-        a, b = bounds[e], bounds[e + 1]
-        if a == b:
-            continue
-        rows = x[row_token[a:b]]
-        h = preact[a:b] if preact.shape[0] else rows @ w13[e].T
-        gate, up = h.to(acc).chunk(2, -1)
-        s = act.forward(gate)
-        inner = s * up
-        ge = g[row_token[a:b]]
-        da = ge @ w2[e].to(acc)
-        drow[a:b] = (da * inner).sum(-1)
-        da = da * row_weight[a:b, None]
-        dh = torch.cat([da * up * act.derivative(gate), da * s], -1)
-        dw2[e] = ((ge * row_weight[a:b, None]).T @ inner).to(w2.dtype)
-        dw13[e] = (dh.T @ rows.to(acc)).to(w13.dtype)
-        dx.index_add_(0, row_token[a:b], dh @ w13[e].to(acc))
-    dweights = torch.zeros_like(weights)
-    dweights[has] = drow[slot_row[has]]
+    for e, start, M in _rows_by_expert(expert_offsets) if any(needs[:4]) else ():
+        rows = slice(start, start + M)
+        token_M = row_token_N[rows]
+        x_MH, grad_MH = x_TH.index_select(0, token_M).to(acc), grad_TH.index_select(0, token_M)
+        both_M2I = preact_N2I[rows].to(acc) if len(preact_N2I) else torch.mm(x_MH, w13_E[e].t())
+        gate_MI, up_MI = both_M2I.chunk(2, dim=1)
+        act_MI = act.forward(gate_MI)
+        inner_MI = act_MI * up_MI
+        if need_w2:
+            dw2[e].copy_(torch.mm(grad_MH.t(), inner_MI * weight_N1[rows]))
+        dinner_MI = torch.mm(grad_MH, w2_E[e])
+        torch.sum(dinner_MI * inner_MI, 1, out=dweight_N[rows])
+        dinner_MI.mul_(weight_N1[rows])
+        dboth_M2I = torch.cat([dinner_MI * up_MI * act.derivative(gate_MI), dinner_MI * act_MI], 1)
+        if need_w13:
+            dw13[e].copy_(torch.mm(dboth_M2I.t(), x_MH))
+        if need_x:
+            dx_TH.index_add_(0, token_M, torch.mm(dboth_M2I, w13_E[e]))
+    affine = beta_TC is not None and value_CH is not None
     return (
-        dx.to(x.dtype) if needs[0] else x.new_empty(0),
-        dweights if needs[1] else x.new_empty(0),
-        dw13 if needs[2] else x.new_empty(0),
-        dw2 if needs[3] else x.new_empty(0),
-        (g * x.to(acc)).sum(-1) if needs[4] else x.new_empty(0),
-        g @ value.to(acc).T if needs[5] else x.new_empty(0),
-        (beta.T @ g).to(value.dtype) if needs[6] else x.new_empty(0),
+        dx_TH.to(x_TH.dtype),
+        dweight_N[slot_row_TK] if need_weights else x_TH.new_empty(0),  # entry -1 is 0, for choices without a row
+        dw13,
+        dw2,
+        (grad_TH * x_TH).sum(-1) if need_alpha else x_TH.new_empty(0),
+        grad_TH @ value_CH.to(acc).t() if affine and need_beta else x_TH.new_empty(0),
+        (beta_TC.t() @ grad_TH).to(value_CH.dtype) if affine and need_value else x_TH.new_empty(0),
     )

@@ -1,0 +1,86 @@
+"""Products of a few rows with one expert's weight on a CPU, each by the routine that suits its number of rows.
+
+M rows, O and I rows and columns of a weight. Which routine wins is a matter of M and of the weight's row stride much more
+than of the instruction set; the measurements behind the numbers here are in docs/cpu.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
+_SMALL_WEIGHT_ROWS = 64
+MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
+_SWAP_ROWS = 96  # above, the two orders of the factors take the same time
+_DIRECT_ROWS = 16
+_CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
+
+
+def is_small(weight_EOI: Tensor) -> bool:
+    """Whether several experts should share one call, which takes longer to start than to compute."""
+    return weight_EOI.dtype == torch.float32 and weight_EOI.is_contiguous() and weight_EOI[0].numel() <= _SMALL_WEIGHT
+
+
+def has_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN's product takes this weight as it is; torch.mm takes them all."""
+    return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous() and torch.backends.mkldnn.enabled
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def padded_rows(M: int) -> int:
+    """The number of rows that `product` likes to get for M: its kernels work in blocks, and are built once a size."""
+    if M <= 3:
+        return max(M, 2)  # MKL reads a weight twice as fast for two rows as for one
+    block = 16 if _DIRECT_ROWS < M <= _SWAP_ROWS else 8
+    return -(-M // block) * block
+
+
+def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(rows_MI, weight_OI, None, "none", [], "")
+
+
+def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor:
+    """[G, O, M]: the transposed weight of each of G experts times its M rows, transposed.
+
+    Two experts at a time, as a batch with a stride of its own instead of copies of the weights: torch gives a product to
+    each thread, where it would split a single one, which does not pay for small weights.
+    """
+    G, M, I = rows_GMI.shape
+    O, stride = weight_EOI.shape[1], weight_EOI.stride(0)
+    rows_GIM = rows_GMI.transpose(1, 2)
+    out_GOM = rows_GMI.new_empty((G, O, M))
+    for g in range(0, G - 1, 2):
+        first, second = experts[g], experts[g + 1]
+        pair_2OI = weight_EOI[first:].as_strided((2, O, I), ((second - first) * stride, I, 1))
+        torch.bmm(pair_2OI, rows_GIM[g : g + 2], out=out_GOM[g : g + 2])
+    if G % 2:
+        torch.mm(weight_EOI[experts[-1]], rows_GIM[-1], out=out_GOM[-1])
+    return out_GOM
+
+
+def product(weight_OI: Tensor, rows_RI: Tensor, M: int, *, onednn: bool) -> Tensor:
+    """[M and up, O]: at least the first M of R rows times the transposed weight, contiguous in either order.
+
+    rows_RI: [R, I] with R >= M; what the rows past M hold may influence only the rows past M of the result.
+    onednn: `has_onednn` of the weight.
+    """
+    O, I = weight_OI.shape
+    pitch = I * weight_OI.element_size()
+    few = _SMALL_WEIGHT_ROWS if O * I <= _SMALL_WEIGHT else 6 if pitch % _CACHE_PAGE else 3
+    if not onednn or (M <= few and weight_OI.dtype == torch.float32):
+        # Rows that lie one after the other: with columns MKL takes four times as long here.
+        return torch.mm(weight_OI, rows_RI[: max(M, 2)].contiguous().t()).t()
+    # The weight as the left factor is read as it lies; as the right one it has to be transposed block by block, which
+    # takes longer than the product itself, unless the rows compete for cache lines.
+    if M <= _SWAP_ROWS and not (M <= _DIRECT_ROWS and pitch % _CACHE_PAGE == 0 and _wide()):
+        return _linear(weight_OI, rows_RI).t()
+    return _linear(rows_RI[:M] if M <= _DIRECT_ROWS else rows_RI, weight_OI)
+
+
+def _wide() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
