@@ -88,9 +88,9 @@ def test_help():
 
 
 def test_without_a_command_it_helps(capsys):
-    assert main([]) == 2
-    out = "".join(capsys.readouterr())
-    assert "Usage: zemoe" in out and "Traceback" not in out
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert "Usage: zemoe" in out and err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------- generate

@@ -63,7 +63,6 @@ def app() -> "typer.Typer":
     cli = typer.Typer(
         name="zemoe",
         help="Zero-expert mixture-of-experts layers for PyTorch.",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -158,14 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding hasn't got
     try:
-        code = app()(args=arguments, prog_name="zemoe", standalone_mode=False) or 0
+        arguments = sys.argv[1:] if arguments is None else arguments
+        code = app()(args=arguments or ["--help"], prog_name="zemoe", standalone_mode=False) or 0
         sys.stdout.flush()
         return code
     except usage_error as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            error.show()
-        else:
-            _complain(f"{error.format_message()} (zemoe --help tells more)")
+        _complain(f"{error.format_message()} (zemoe --help tells more)")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

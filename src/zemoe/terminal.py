@@ -5,6 +5,7 @@ E FFN experts, Z zero experts, K choices a token, L layers.
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import pairwise
 from typing import IO, Any, NamedTuple
@@ -36,8 +37,9 @@ _NO_WIDTH = 1000  # of a file or a pipe: nothing is wrapped
 
 def open_console(file: IO[str]) -> Console:
     """A rich console; it writes no escape code at all with NO_COLOR, or if `file` is not a terminal."""
-    console = Console(file=file, highlight=False)
-    if console.no_color or not console.is_terminal or console.is_dumb_terminal:
+    no_color = bool(os.environ.get("NO_COLOR"))  # set and not empty; rich 13 looks only whether it is set
+    console = Console(file=file, highlight=False, no_color=no_color)
+    if no_color or not console.is_terminal or console.is_dumb_terminal:
         width = console.width if file.isatty() else _NO_WIDTH
         console = Console(file=file, highlight=False, color_system=None, force_terminal=False, width=width)
     return console
