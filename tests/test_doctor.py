@@ -113,3 +113,10 @@ def test_what_isnt_installed(monkeypatch):
 def test_device(device):
     assert device in doctor.usable_devices()
     assert doctor.device_name(device)
+
+
+@pytest.mark.gpu
+def test_self_test_on_a_gpu():
+    checks = [check for check in doctor.self_test() if check.device.startswith("cuda")]
+    assert {check.backend for check in checks if check.usable and check.ok} == {"torch"}
+    assert all(check.ok and check.chosen for check in checks if check.usable)
