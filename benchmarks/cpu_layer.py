@@ -103,13 +103,13 @@ def run(shape: tuple[int, ...], tokens: list[int], repeats: int, dtype: torch.dt
             real = ids[ids < E]
             floors.append(
                 moe_floor(
+                    at,
                     tokens=T,
                     ffn_rows=real.numel(),
                     experts_hit=real.unique().numel(),
                     hidden_size=H,
                     intermediate_size=I,
                     itemsize=dtype.itemsize,
-                    at=at,
                 )
             )
         # The first two runs of each side build oneDNN's kernels.

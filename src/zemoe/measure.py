@@ -77,7 +77,7 @@ def moe_floor(
 ) -> float:
     """Seconds below which no layer can go: its bytes read or its products computed, whichever takes longer.
 
-    ffn_rows: (token, FFN expert) pairs. experts_hit: FFN experts that have at least one. itemsize: bytes of one element.
+    ffn_rows: (token, FFN expert) pairs. experts_hit: FFN experts that have at least one. itemsize: bytes an element.
     """
     weight_elements = 3 * hidden_size * intermediate_size
     moved = itemsize * (experts_hit * weight_elements + 2 * tokens * hidden_size)

@@ -164,7 +164,7 @@ def select_experts(
         choice_TA = scores_TA.detach()
         if e_score_correction_bias is not None:
             choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
-        choice_TA = choice_TA.masked_fill(logits_TA.detach() == float("-inf"), float("-inf"))
+        choice_TA = torch.where(logits_TA.detach() == float("-inf"), float("-inf"), choice_TA)
         if num_expert_group is not None and topk_group is not None:
             choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
         ids_TK = ops.topk_ids(choice_TA, top_k)

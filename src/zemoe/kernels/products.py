@@ -1,7 +1,7 @@
 """Products of a few rows with one expert's weight on a CPU, each by the routine that suits its number of rows.
 
-M rows, O and I rows and columns of a weight. Which routine wins is a matter of M and of the weight's row stride much more
-than of the instruction set; the measurements behind the numbers here are in docs/cpu.md.
+M rows, O and I rows and columns of a weight. Which routine wins is a matter of M and of the weight's row stride much
+more than of the instruction set; the measurements behind the numbers here are in docs/cpu.md.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
 def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor:
     """[G, O, M]: the transposed weight of each of G experts times its M rows, transposed.
 
-    Two experts at a time, as a batch with a stride of its own instead of copies of the weights: torch gives a product to
-    each thread, where it would split a single one, which does not pay for small weights.
+    Two experts at a time, as a batch with a stride of its own instead of copies of the weights: torch gives a product
+    to each thread, where it would split a single one, which does not pay for small weights.
     """
     G, M, I = rows_GMI.shape
     O, stride = weight_EOI.shape[1], weight_EOI.stride(0)
@@ -72,7 +72,7 @@ def product(weight_OI: Tensor, rows_RI: Tensor, M: int, *, onednn: bool) -> Tens
     O, I = weight_OI.shape
     pitch = I * weight_OI.element_size()
     few = _SMALL_WEIGHT_ROWS if O * I <= _SMALL_WEIGHT else 6 if pitch % _CACHE_PAGE else 3
-    if not onednn or (M <= few and weight_OI.dtype == torch.float32):
+    if not onednn or (weight_OI.element_size() == 4 and 0 < M <= few):
         # Rows that lie one after the other: with columns MKL takes four times as long here.
         return torch.mm(weight_OI, rows_RI[: max(M, 2)].contiguous().t()).t()
     # The weight as the left factor is read as it lies; as the right one it has to be transposed block by block, which
