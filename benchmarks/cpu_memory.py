@@ -1,4 +1,4 @@
-"""Peak memory of the zero-expert FFN op on a CPU beside the gathered rows and intermediates that a plain one would hold.
+"""Peak memory of the zero-expert FFN op on a CPU beside the rows and intermediates that a plain one would hold.
 
     python benchmarks/cpu_memory.py
 

@@ -66,6 +66,7 @@ def cpu_ceilings(
 
 
 def moe_floor(
+    at: Ceilings,
     *,
     tokens: int,
     ffn_rows: int,
@@ -73,7 +74,6 @@ def moe_floor(
     hidden_size: int,
     intermediate_size: int,
     itemsize: int,
-    at: Ceilings,
 ) -> float:
     """Seconds below which no layer can go: its bytes read or its products computed, whichever takes longer.
 
