@@ -19,11 +19,13 @@ from tiny_checkpoint import CONTEXT, write_checkpoint
 from zemoe.generate import OPENINGS
 
 PROGRAM = [sys.executable, "-c", "import sys; from zemoe.cli import main; sys.exit(main())"]
-# The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal.
+# The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal, and with that signal
+# as a terminal's shell leaves it: a test run that was started in the background ignores it, and hands that down.
 PROGRAM_ON_TERMINAL = [
     sys.executable,
     "-c",
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from zemoe.cli import main; sys.exit(main())",
+    "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); from zemoe.cli import main; sys.exit(main())",
 ]
 
 

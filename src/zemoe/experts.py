@@ -204,7 +204,7 @@ def fused_experts(
 
     weights_TK = topk_weights.to(torch.promote_types(x_TH.dtype, torch.float32))
     if params.constant_router is not None and constant_logits is None:
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with ops.without_autocast(x_TH.device):
             rows = params.constant_router.to(weights_TK.dtype).flatten(0, 1)
             constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
     alpha_T, beta_TC = affine_coefficients(

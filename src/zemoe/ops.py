@@ -7,6 +7,8 @@ A new device is one `impl` line an op.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ from .kernels.activations import ACTIVATIONS
 
 _LIBRARY = torch.library.Library("zemoe", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which a float32 product stays one; the meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _define(schema: str) -> None:
@@ -249,4 +256,4 @@ torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd,
 
 moe_ffn_grouped = grouped.moe_ffn
 
-__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_grouped", "plan", "topk_ids"]
+__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_grouped", "plan", "topk_ids", "without_autocast"]

@@ -228,7 +228,7 @@ class Router(nn.Module):
         rows = weight.shape[0]
         if extra_RH is not None:
             weight = torch.cat([weight, extra_RH.float()])
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with ops.without_autocast(x_TH.device):
             product = F.linear(x_TH.float(), weight)
             logits, extra = product[:, :rows], product[:, rows:]
             if bias is not None:

@@ -1,0 +1,5 @@
+"""`python -m zemoe`: the `zemoe` command."""
+
+from .cli import main
+
+main()
