@@ -286,8 +286,8 @@ class ZeroExpertFusedMoE(FusedMoE):
             scaled_identity.
         router: the classifier module, or None. It is not registered as a submodule; its owner moves and saves it. If it
             has an `e_score_correction_bias` of length A, routing uses all of it, live, and this layer's own attribute
-            shows the first E entries (a view made at construction; `.to()` may turn it into a copy, which routing does not
-            read); a bias given by the user that has another length is kept.
+            shows the first E entries (a view made at construction; `.to()` may leave a copy, which routing does not read);
+            a bias given by the user that has another length is kept.
         kwargs: of FusedMoE.
 
     Constant experts add the float32 parameters `constant_router [C, 2, H]` and `constant_value [C, H]`, scaled_identity
