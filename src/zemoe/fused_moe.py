@@ -286,7 +286,7 @@ class ZeroExpertFusedMoE(FusedMoE):
             scaled_identity.
         router: the classifier module, or None. It is not registered as a submodule; its owner moves and saves it. If it
             has an `e_score_correction_bias` of length A, routing uses all of it, live, and this layer's own attribute
-            shows the first E entries (a view made at construction; `.to()` may leave a copy, which routing does not read);
+            shows the first E entries (a view made at construction; after `.to()` maybe a copy, which routing ignores);
             a bias given by the user that has another length is kept.
         kwargs: of FusedMoE.
 
