@@ -76,8 +76,9 @@ def product(weight_OI: Tensor, rows_RI: Tensor, M: int, *, onednn: bool) -> Tens
         # Rows that lie one after the other: with columns MKL takes four times as long here.
         return torch.mm(weight_OI, rows_RI[: max(M, 2)].contiguous().t()).t()
     # The weight as the left factor is read as it lies; as the right one it has to be transposed block by block, which
-    # takes longer than the product itself, unless the rows compete for cache lines.
-    if M <= _SWAP_ROWS and not (M <= _DIRECT_ROWS and pitch % _CACHE_PAGE == 0 and _wide()):
+    # takes longer than the product itself, unless the rows compete for cache lines. bfloat16 is rearranged either way.
+    few_rows_direct = weight_OI.dtype == torch.bfloat16 or (pitch % _CACHE_PAGE == 0 and _wide())
+    if M <= _SWAP_ROWS and not (M <= _DIRECT_ROWS and few_rows_direct):
         return _linear(weight_OI, rows_RI).t()
     return _linear(rows_RI[:M] if M <= _DIRECT_ROWS else rows_RI, weight_OI)
 
