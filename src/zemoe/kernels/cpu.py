@@ -179,13 +179,16 @@ def backward(
             dw13[e].copy_(torch.mm(dboth_M2I.t(), x_MH))
         if need_x:
             dx_TH.index_add_(0, token_M, torch.mm(dboth_M2I, w13_E[e]))
-    affine = beta_TC is not None and value_CH is not None
+    dbeta_TC, dvalue_CH = x_TH.new_empty(0), x_TH.new_empty(0)
+    if beta_TC is not None and value_CH is not None:
+        dbeta_TC = grad_TH @ value_CH.to(acc).t() if need_beta else dbeta_TC
+        dvalue_CH = (beta_TC.t() @ grad_TH).to(value_CH.dtype) if need_value else dvalue_CH
     return (
         dx_TH.to(x_TH.dtype),
         dweight_N[slot_row_TK] if need_weights else x_TH.new_empty(0),  # entry -1 is 0, for choices without a row
         dw13,
         dw2,
         (grad_TH * x_TH).sum(-1) if need_alpha else x_TH.new_empty(0),
-        grad_TH @ value_CH.to(acc).t() if affine and need_beta else x_TH.new_empty(0),
-        (beta_TC.t() @ grad_TH).to(value_CH.dtype) if affine and need_value else x_TH.new_empty(0),
+        dbeta_TC,
+        dvalue_CH,
     )

@@ -24,7 +24,8 @@ def is_small(weight_EOI: Tensor) -> bool:
 
 def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN's product takes this weight as it is; torch.mm takes them all."""
-    return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous() and torch.backends.mkldnn.enabled
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return usable and weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
 
 
 def has_fast_bfloat16() -> bool:
