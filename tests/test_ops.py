@@ -116,7 +116,8 @@ class TestOpcheck:
     @pytest.mark.parametrize("k", [1, 3, 5])
     def test_topk_ids(self, shape, k):
         choice = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0)).float()
-        torch.library.opcheck(OPS.topk_ids.default, (choice, k))
+        torch.library.opcheck(OPS.topk_ids.default, (choice, None, k))
+        torch.library.opcheck(OPS.topk_ids.default, (choice, choice.roll(1), k))
 
     def test_every_op_is_here(self):
         """An op that somebody adds has to be checked too."""
@@ -209,24 +210,24 @@ class TestTopkIds:
     def test_all_small_rows(self, values, k):
         choice = torch.tensor(list(itertools.product(values, repeat=6)))
         rows = [sorted(range(6), key=lambda i: (-row[i], i))[:k] for row in choice.tolist()]
-        assert ops.topk_ids(choice, k).tolist() == rows
+        assert ops.topk_ids(choice, None, k).tolist() == rows
 
     @pytest.mark.parametrize("A", [1, 2, 33, 256, 1000])
     def test_against_a_stable_sort(self, A):
         choice = torch.randint(0, 50, (64, A), generator=torch.Generator().manual_seed(A)).float() / 7
         k = min(12, A)
         expected = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        assert torch.equal(ops.topk_ids(choice, k), expected)
+        assert torch.equal(ops.topk_ids(choice, None, k), expected)
 
     def test_extreme_values(self):
         row = torch.tensor([[1e-45, -1e-45, 3e38, -3e38, 0.0, -0.0, 1e-38, float("inf"), -float("inf")]])
-        assert ops.topk_ids(row, 9).tolist() == [[7, 2, 6, 0, 4, 5, 1, 3, 8]]
+        assert ops.topk_ids(row, None, 9).tolist() == [[7, 2, 6, 0, 4, 5, 1, 3, 8]]
 
     def test_nan_rows_stay_in_range_and_alone(self):
         choice = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-        expected = ops.topk_ids(choice, 6)
+        expected = ops.topk_ids(choice, None, 6)
         choice[1, 3], choice[3] = float("nan"), float("nan")
-        ids = ops.topk_ids(choice, 6)
+        ids = ops.topk_ids(choice, None, 6)
         assert ((ids >= 0) & (ids < 40)).all()
         assert all(len(set(row)) == 6 for row in ids.tolist())
         assert torch.equal(ids[::2], expected[::2])
@@ -238,7 +239,33 @@ class TestTopkIds:
         choice[0, :50] = -0.0
         choice[1, ::2] = -float("inf")
         choice[2] = -float("inf")
-        assert torch.equal(topk.by_integer_keys(choice, 12), topk.by_repair(choice, 12))
+        assert torch.equal(topk.by_integer_keys(choice, None, 12), topk.by_repair(choice, None, 12))
+        logits = choice.roll(7, 1).masked_fill(choice > 5, -float("inf"))
+        assert torch.equal(topk.by_integer_keys(choice, logits, 12), topk.by_repair(choice, logits, 12))
+
+    @pytest.mark.parametrize("A", [700, 768, 831, 832])
+    @pytest.mark.parametrize("spoiled", [False, True])
+    def test_one_tie_at_the_end_of_the_choice(self, A, spoiled):
+        """The 12th largest value stands twice, in one row of many: at every width on both sides of counting."""
+        choice = torch.rand(40, A, generator=torch.Generator().manual_seed(A))
+        order = choice[17].sort(descending=True, stable=True).indices
+        choice[17, order[-1]] = choice[17, order[11]]
+        rows = torch.arange(40)
+        if spoiled:  # a NaN's row has fewer values in reach, and must not hide the tie
+            choice[3, :30], rows = float("nan"), rows[rows != 3]
+        expected = choice[rows].sort(dim=-1, descending=True, stable=True).indices[:, :12]
+        assert torch.equal(ops.topk_ids(choice, None, 12)[rows], expected)
+
+    def test_a_masked_slot_is_the_last_resort(self):
+        choice, logits = torch.tensor([[0.9, 0.8, 0.1, 0.2]]), torch.tensor([[-float("inf"), 1.0, 0.0, -float("inf")]])
+        assert ops.topk_ids(choice, logits, 3).tolist() == [[1, 2, 0]]
+        assert ops.topk_ids(choice, None, 3).tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize("device", ["CUDA", "XPU", "MPS", "PrivateUse1"])
+@pytest.mark.parametrize("op", ["topk_ids", "plan", "gather_rows", "sum_rows", "grouped_linear", "grouped_outer"])
+def test_what_the_torch_backend_needs_is_there_for_any_device(op, device):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"zemoe::{op}", device)
 
 
 def test_the_plan_of_both_devices_is_the_same():

@@ -30,28 +30,29 @@ def _define(schema: str) -> None:
 
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
-_define("topk_ids(Tensor choice, int k) -> Tensor")
+_define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor")
 torch.library.impl("zemoe::topk_ids", "CPU", topk.by_repair)
-torch.library.impl("zemoe::topk_ids", "CUDA", topk.by_integer_keys)
+torch.library.impl("zemoe::topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
 
 
 @torch.library.register_fake("zemoe::topk_ids")
-def _topk_ids_fake(choice: Tensor, k: int) -> Tensor:
+def _topk_ids_fake(choice: Tensor, logits: Tensor | None, k: int) -> Tensor:
     return choice.new_empty((choice.shape[0], k), dtype=torch.int64)
 
 
-def topk_ids(choice_TA: Tensor, k: int) -> Tensor:
+def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids of the k largest float32 values of each row, largest first, equal values by lower id first.
 
+    A slot whose logit is -inf counts as -inf, whatever its value; with logits_TA None every slot counts as it is.
     A row with a NaN yields ids in range, in no particular order.
     """
-    return torch.ops.zemoe.topk_ids(choice_TA, k)
+    return torch.ops.zemoe.topk_ids(choice_TA, logits_TA, k)
 
 
 # --- plan: rows sorted by expert ---
 
 _define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
-torch.library.impl("zemoe::plan", "CUDA", grouped.plan)
+torch.library.impl("zemoe::plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
 
 
 @torch.library.impl("zemoe::plan", "CPU")

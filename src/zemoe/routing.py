@@ -85,7 +85,7 @@ def _limit_to_groups(choice_TA: Tensor, num_expert_group: int, topk_group: int, 
     T, A = choice_TA.shape
     choice_TGS = choice_TA.view(T, num_expert_group, A // num_expert_group)
     value_TG = choice_TGS.topk(2, dim=-1).values.sum(-1) if has_bias else choice_TGS.amax(-1)
-    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, ops.topk_ids(value_TG, topk_group), True)
+    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, ops.topk_ids(value_TG, None, topk_group), True)
     return choice_TGS.masked_fill(~best_TG[:, :, None], float("-inf")).view(T, A)
 
 
@@ -164,10 +164,10 @@ def select_experts(
         choice_TA = scores_TA.detach()
         if e_score_correction_bias is not None:
             choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
-        choice_TA = torch.where(logits_TA.detach() == float("-inf"), float("-inf"), choice_TA)
         if num_expert_group is not None and topk_group is not None:
+            choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
             choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
-        ids_TK = ops.topk_ids(choice_TA, top_k)
+        ids_TK = ops.topk_ids(choice_TA, logits_TA.detach(), top_k)
     weights_TK = _renormalize(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, kinds)
     if routed_scaling_factor != 1.0:
         weights_TK = weights_TK * routed_scaling_factor

@@ -85,7 +85,7 @@ def gather_rows(x_TH: Tensor, row_token_N: Tensor, slot_row_TK: Tensor) -> Tenso
 def sum_rows(rows_NH: Tensor, slot_row_TK: Tensor, row_token_N: Tensor) -> Tensor:
     """[T, H]: the sum of each token's rows in the order of its choices, at least in float32.
 
-    The rows that belong to nobody must be 0: where a choice has no row (-1), row N - 1 is such a one, and -1 means that.
+    The rows of nobody must be 0: where a choice has no row (-1), row N - 1 is such a one, and -1 means that.
     """
     T, K = slot_row_TK.shape
     dtype = torch.promote_types(rows_NH.dtype, torch.float32)

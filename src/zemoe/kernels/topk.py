@@ -1,6 +1,6 @@
 """The k largest values of each row with ties to the lower id, which torch.topk alone does not promise.
 
-T tokens, A slots.
+T tokens, A slots. A slot whose logit is -inf counts as -inf, whatever its value; without logits every slot counts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_NEVER = float("-inf")
 
-def by_integer_keys(choice_TA: Tensor, k: int) -> Tensor:
+
+def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by one topk over integers that hold value and id; no host synchronisation.
 
     choice_TA: float32.
     """
+    if logits_TA is not None:
+        choice_TA = torch.where(logits_TA == _NEVER, _NEVER, choice_TA)
     A = choice_TA.shape[1]
     bits = (choice_TA + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the same order as integers
@@ -22,17 +26,26 @@ def by_integer_keys(choice_TA: Tensor, k: int) -> Tensor:
     return A - 1 - (key.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def by_repair(choice_TA: Tensor, k: int) -> Tensor:
+def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by torch.topk, with a stable sort for the few rows in which equal values meet; for the host."""
-    A = choice_TA.shape[1]
+    T, A = choice_TA.shape
+    if logits_TA is not None and T and not logits_TA.amin() > _NEVER:
+        choice_TA = torch.where(logits_TA == _NEVER, _NEVER, choice_TA)
     # One more value shows whether the last of the k equals one that is left out. Only where torch.topk would change to
     # a method of half the speed for it (64 k crosses A) is counting cheaper.
     count = 64 * k <= A < 64 * (k + 1)
     values, ids = choice_TA.topk(k if count else min(k + 1, A), dim=-1)
-    equal_T = (values[:, 1:] == values[:, :-1]).any(-1)
-    if count:
-        equal_T |= (choice_TA >= values[:, -1:]).sum(-1) > k
-    if equal_T.any():
+    equal = values[:, 1:] == values[:, :-1]
+    # A row with a NaN, which sorts first, would spoil the count over all rows.
+    if equal.any() or (count and (values[:, 0].isnan().any() or _reach(choice_TA, values).count_nonzero() > T * k)):
+        equal_T = equal.any(-1)
+        if count:
+            equal_T |= _reach(choice_TA, values).sum(-1) > k
         tied = equal_T.nonzero().squeeze(1)
         ids[tied] = choice_TA[tied].sort(dim=-1, descending=True, stable=True).indices[:, : ids.shape[1]]
     return ids[:, :k].contiguous()
+
+
+def _reach(choice_TA: Tensor, values_TK: Tensor) -> Tensor:
+    """[T, A] bool: which values are no smaller than the last of the k largest."""
+    return choice_TA >= values_TK[:, -1:]
