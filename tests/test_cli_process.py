@@ -54,6 +54,12 @@ def test_json_of_a_process_is_clean(checkpoint):
     assert b"\x1b" not in done.stderr and b"Loading" not in done.stderr
 
 
+def test_python_m_has_the_same_exit_codes(checkpoint):
+    for arguments, code in ((["--version"], 0), (["generate", "--model", str(checkpoint), "--prompt", ""], 2)):
+        program = [sys.executable, "-m", "zemoe", *arguments]
+        assert subprocess.run(program, capture_output=True, timeout=120, check=False).returncode == code
+
+
 def test_a_terminal_without_unicode(checkpoint):
     arguments = ["generate", "--model", str(checkpoint), "--seed", "1"]
     ascii_only = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")

@@ -1,5 +1,7 @@
 """`python -m zemoe`: the `zemoe` command."""
 
+import sys
+
 from .cli import main
 
-main()
+sys.exit(main())
