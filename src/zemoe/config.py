@@ -7,6 +7,7 @@ counts, ranges and their relations are checked here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ def check_count(name: str, value: object, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return value
+
+
+def check_scale(routed_scaling_factor: object) -> None:
+    """ValueError unless it is a finite number."""
+    number = isinstance(routed_scaling_factor, int | float) and not isinstance(routed_scaling_factor, bool)
+    if not number or not math.isfinite(routed_scaling_factor):
+        raise ValueError(f"routed_scaling_factor must be a finite number, got {routed_scaling_factor!r}")
 
 
 def renormalize_mode(renormalize: str | bool) -> str:
@@ -48,6 +56,9 @@ def expand_kinds(
             raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or (kind, count) pairs")
         kind = KIND_ALIASES.get(zero_expert_type, zero_expert_type)
         return ((kind, zero_expert_num),) if zero_expert_num else ()
+    if not isinstance(zero_expert_type, Sequence):
+        got = repr(zero_expert_type)
+        raise ValueError(f"zero_expert_type must be a kind or (kind, count) pairs in id order, got {got}")
     kinds: list[tuple[str, int]] = []
     for pair in zero_expert_type:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
@@ -121,6 +132,7 @@ class MoEConfig:
         check_count("intermediate_size", self.intermediate_size, 1)
         check_count("num_experts", self.num_experts, 0)
         check_count("top_k", self.top_k, 1)
+        check_scale(self.routed_scaling_factor)
         object.__setattr__(self, "zero_expert_kinds", expand_kinds(self.zero_expert_kinds))
         object.__setattr__(self, "renormalize", renormalize_mode(self.renormalize))
         if self.top_k > self.num_slots:

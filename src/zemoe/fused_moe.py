@@ -150,6 +150,7 @@ class FusedMoE(nn.Module):
             top_k=self.top_k,
             zero_expert_kinds=self._zero_expert_kinds(),
             renormalize=self.renormalize,
+            routed_scaling_factor=self.routed_scaling_factor,
             num_expert_group=self.num_expert_group if self.use_grouped_topk else None,
             topk_group=self.topk_group if self.use_grouped_topk else None,
         )
