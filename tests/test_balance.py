@@ -47,6 +47,15 @@ class TestCounts:
         expected = slot_counts(routing.topk_ids_TK, A, mask_of())
         assert torch.equal(slot_counts(routing.topk_ids_TK, A, mask_of().view(4, 5)), expected)
 
+    @pytest.mark.parametrize("mask", [torch.ones(20), torch.ones(20, dtype=torch.int64), mask_of(1), mask_of(10)])
+    def test_a_mask_that_does_not_fit(self, mask):
+        with pytest.raises(ValueError, match=r"mask_T must .* got"):
+            slot_counts(routing_of().topk_ids_TK, A, mask)
+
+    def test_an_id_beyond_the_slots_is_not_passed_over(self):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            slot_counts(torch.tensor([[4, 2]]), 4)
+
     def test_int32(self):
         routing = routing_of()
         assert torch.equal(slot_counts(routing.topk_ids_TK.int(), A), slot_counts(routing.topk_ids_TK, A))

@@ -22,6 +22,15 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def _valid_tokens(mask_T: Tensor, tokens: int) -> Tensor:
+    """`mask_T` flattened; ValueError unless it is a bool for each token."""
+    if mask_T.dtype != torch.bool:
+        raise ValueError(f"mask_T must be of dtype torch.bool, got {mask_T.dtype}")
+    if mask_T.numel() != tokens:
+        raise ValueError(f"mask_T must have one entry for each of the {tokens} tokens of routing, got {mask_T.numel()}")
+    return mask_T.reshape(-1)
+
+
 def slot_counts(
     topk_ids_TK: Tensor, num_slots: int, mask_T: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
@@ -30,12 +39,17 @@ def slot_counts(
     Args:
         topk_ids_TK: [T, K]; -1 is not counted. num_slots: A.
         mask_T: [T] bool, True for tokens that count; None for all.
+
+    Raises:
+        ValueError: for a mask that does not fit.
     """
-    ids_TK = topk_ids_TK if mask_T is None else topk_ids_TK.masked_fill(~mask_T.reshape(-1, 1), -1)
+    ids_TK = topk_ids_TK
+    if mask_T is not None:
+        ids_TK = ids_TK.masked_fill(~_valid_tokens(mask_T, len(ids_TK))[:, None], -1)
     counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=ids_TK.device)
-    skipped_last = torch.where(ids_TK < 0, num_slots, ids_TK).reshape(-1).to(torch.int64)
-    counts.scatter_add_(0, skipped_last, torch.ones_like(skipped_last))
-    return _all_reduce(counts[:num_slots], group)
+    skipped_first = ids_TK.reshape(-1).to(torch.int64).clamp(min=-1) + 1  # so an id that is too high is out of bounds
+    counts.scatter_add_(0, skipped_first, torch.ones_like(skipped_first))
+    return _all_reduce(counts[1:], group)
 
 
 def ffn_experts_per_token(counts_A: Tensor, num_experts: int, top_k: int) -> Tensor:
@@ -82,9 +96,8 @@ def longcat_balance_loss(
     if not 0 < ffn_experts_per_token <= K or (ffn_experts_per_token == K and num_experts < A):
         bound = "below" if num_experts < A else "at most"
         raise ValueError(f"ffn_experts_per_token must be above 0 and {bound} top_k={K}, got {ffn_experts_per_token}")
-    valid_T = torch.ones(T, dtype=torch.bool, device=routing.logits_TA.device) if mask_T is None else mask_T.reshape(-1)
-    if valid_T.shape[0] != T:
-        raise ValueError(f"mask_T must have one entry for each of the {T} tokens of routing, got {valid_T.shape[0]}")
+    every_T = torch.ones(T, dtype=torch.bool, device=routing.logits_TA.device)
+    valid_T = every_T if mask_T is None else _valid_tokens(mask_T, T)
     tokens = valid_T.sum().clamp(min=1)
     # Whatever padding holds, NaN too, must not reach the sums or the gradient.
     scores_TA = SCORES[scoring_func](routing.logits_TA.masked_fill(~valid_T[:, None], 0.0))
