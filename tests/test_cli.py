@@ -251,6 +251,18 @@ def damage_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"model": {"type": "BP')
 
 
+def set_config(**changes):
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def empty_model_in_tokenizer(folder):
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+
+
 def no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
 
@@ -281,6 +293,16 @@ def only_config(folder):
     ("damage", "said"),
     [
         (damage_config, "config.json: model_type must be 'longcat_flash'"),
+        (set_config(rope_parameters={"rope_type": "spiral"}), "config.json: rope_type must be one of default, "),
+        (set_config(rope_parameters={"rope_type": "yarn"}), "factor"),
+        (set_config(head_dim=6), "config.json: head_dim must be qk_rope_head_dim = 8"),
+        (set_config(num_key_value_heads=1), "config.json: num_key_value_heads must be num_attention_heads = 2"),
+        (set_config(rms_norm_eps="small"), "rms_norm_eps"),
+        (set_config(max_position_embeddings=None), "max_position_embeddings"),
+        (set_config(num_hidden_layers="two"), "config.json"),
+        (set_config(eos_token_id={}), "eos_token_id"),
+        (set_config(dtype="float99"), "float99"),
+        (empty_model_in_tokenizer, "tokenizer.json: is not a tokenizer"),
         (damage_weights, "truncated"),
         (only_config, "model.safetensors: no such file"),
         (no_tokenizer, "tokenizer.json of the model is not readable: "),

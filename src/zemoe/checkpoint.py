@@ -41,6 +41,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_topk", "n_routed_experts", "expert_ffn_hidden_size",
 )  # fmt: skip
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Multi-token prediction layers are published beside the model; old files also carry rotary frequencies.
 _NOT_OURS = re.compile(r"^model\.mtp\.|rotary_emb\.inv_freq$")
 _EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<which>gate|up|down)_proj\.weight$")
@@ -121,6 +122,15 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
         refuse("routed_scaling_factor", "a finite number")
     if config["qk_rope_head_dim"] % 2:
         refuse("qk_rope_head_dim", "even")
+    # Rotary positions are made for head_dim, which defaults to 64, and used for qk_rope_head_dim.
+    if config.get("head_dim", 64) != config["qk_rope_head_dim"]:
+        refuse("head_dim", f"qk_rope_head_dim = {config['qk_rope_head_dim']} (64 if absent)")
+    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
+        refuse("num_key_value_heads", f"num_attention_heads = {config['num_attention_heads']}, or absent")
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
+    if rope_type not in _ROPE_TYPES:
+        raise CheckpointError(f"{source}: rope_type must be one of {', '.join(_ROPE_TYPES)}, got {rope_type!r}")
     head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     if config.get("qk_head_dim", head_dim) not in (None, head_dim):
         refuse("qk_head_dim", f"qk_nope_head_dim + qk_rope_head_dim = {head_dim}, or absent")

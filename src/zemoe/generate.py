@@ -127,12 +127,16 @@ def _load_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    # Looked at here first, because tokenizers has no exception of its own for a file that is damaged.
     with _failing_with(1, "tokenizer.json of the model is not readable: "):
         content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CommandError(f"{path}: is not a tokenizer; take the one that belongs to the model", 1)
-    tokenizer = Tokenizer.from_str(json.dumps(content))
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers has none of its own
+            raise
+        raise CommandError(f"{path}: is not a tokenizer ({error}); take the one that belongs to the model", 1) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -183,13 +187,19 @@ def load(request: Request) -> Loaded:
         read_config(request.model)
     tokenizer = _load_tokenizer(request.model)
 
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LongcatFlashConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with _failing_with(1):
-        config = LongcatFlashConfig.from_pretrained(request.model, local_files_only=True)
+    # A value of the wrong type is found by whoever uses it first, transformers' own check or its arithmetic.
+    wrong_value = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError)
+    try:
+        with _failing_with(1):
+            config = LongcatFlashConfig.from_pretrained(request.model, local_files_only=True)
+    except wrong_value as error:
+        raise CommandError(f"{request.model / 'config.json'}: {error}", 1) from error
     prompt, style, ids = _prompt_ids(request, tokenizer, config)
     device, dtype = torch.device(_full_name(request.device)), _torch_dtype(request.dtype, config.dtype)
     with _failing_with(2, "--"):
