@@ -44,8 +44,9 @@ def _row_weights(weights_TK: Tensor, slot_row_TK: Tensor, padding: int) -> Tenso
 
 def _rows_by_expert(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, number of rows) of each expert that has any."""
-    bounds = expert_offsets.tolist()
-    return [(e, start, stop - start) for e, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
+    rows_E = expert_offsets.diff()
+    busy = rows_E.nonzero().view(-1)  # in torch: for one token a loop over all experts takes longer than their products
+    return list(zip(busy.tolist(), expert_offsets[busy].tolist(), rows_E[busy].tolist(), strict=True))
 
 
 class _Weights:
