@@ -1,0 +1,42 @@
+"""The built wheel alone, outside of the repository: it has the command and the embedded model with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_wheel_generates_text(tmp_path: Path) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = wheels.glob("zemoe-*.whl")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        wheel,
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+
+    def run(*arguments: str) -> str:
+        # Before site-packages, where this repository may be installed as editable.
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+
+    assert Path(run("-c", "import zemoe; print(zemoe.__file__)").strip()).is_relative_to(site)
+    result = json.loads(run("-m", "zemoe", "generate", "--max-new-tokens", "5", "--seed", "1", "--json"))
+    assert len(result["tokens"]) == 5
+    assert result["model"].startswith("embedded") or str(site) in result["model"]
