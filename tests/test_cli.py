@@ -302,6 +302,7 @@ def only_config(folder):
         (set_config(num_hidden_layers="two"), "config.json"),
         (set_config(eos_token_id={}), "eos_token_id"),
         (set_config(dtype="float99"), "float99"),
+        (set_config(dtype=32), "config.json: dtype must be the name of a dtype"),
         (empty_model_in_tokenizer, "tokenizer.json: is not a tokenizer"),
         (damage_weights, "truncated"),
         (only_config, "model.safetensors: no such file"),

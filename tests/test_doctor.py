@@ -120,3 +120,8 @@ def test_self_test_on_a_gpu():
     checks = [check for check in doctor.self_test() if check.device.startswith("cuda")]
     assert {check.backend for check in checks if check.usable and check.ok} == {"torch"}
     assert all(check.ok and check.chosen for check in checks if check.usable)
+
+
+def test_a_device_without_a_name(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.mps)
+    assert doctor.device_name("mps:0") == "mps:0"

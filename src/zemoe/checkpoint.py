@@ -143,6 +143,9 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
     for key in ("mla_scale_q_lora", "mla_scale_kv_lora"):
         if config.get(key, True) is not True:
             refuse(key, "true or absent (LongCat-Flash in transformers always scales)")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(config.get(key), str | torch.dtype | None):
+            refuse(key, "the name of a dtype, or absent")
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{source}: quantization_config is set; quantized checkpoints are not supported")
 

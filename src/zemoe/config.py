@@ -24,11 +24,10 @@ def check_count(name: str, value: object, minimum: int) -> int:
     return value
 
 
-def check_scale(routed_scaling_factor: object) -> None:
-    """ValueError unless it is a finite number."""
-    number = isinstance(routed_scaling_factor, int | float) and not isinstance(routed_scaling_factor, bool)
-    if not number or not math.isfinite(routed_scaling_factor):
-        raise ValueError(f"routed_scaling_factor must be a finite number, got {routed_scaling_factor!r}")
+def check_scale(factor: object) -> None:
+    """ValueError unless `factor` is a finite number."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise ValueError(f"routed_scaling_factor must be a finite number, got {factor!r}")
 
 
 def renormalize_mode(renormalize: str | bool) -> str:

@@ -47,11 +47,12 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: str) -> str:
-    """What the machine calls it."""
+    """What the machine calls it, or `device` itself where torch can't say."""
     if device == "cpu":
         threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
         return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
-    return torch.get_device_module(device).get_device_name(device)
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    return name_of(device) if name_of else device  # torch.mps has no names
 
 
 @dataclass(frozen=True, kw_only=True)
