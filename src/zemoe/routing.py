@@ -319,6 +319,9 @@ def observe(model: nn.Module) -> Iterator[Observed]:
     overwrites the entry it repeats and never adds one (with several micro-batches held, finding it compares ids and
     logits, a host synchronisation on a GPU). Logits keep their graph, so losses may be built from them.
 
+    Run the model uncompiled: torch.compile takes no notice of hooks that came later, so a model compiled before shows
+    nothing, and one under fullgraph=True fails to compile here. `MoE.forward(return_routing=True)` compiles.
+
     Yields:
         Observed: a mapping {(layer name, micro-batch): Routing}.
 
