@@ -19,8 +19,8 @@ from tiny_checkpoint import CONTEXT, write_checkpoint
 from zemoe.generate import OPENINGS
 
 PROGRAM = [sys.executable, "-c", "import sys; from zemoe.cli import main; sys.exit(main())"]
-# The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal, and with that signal
-# as a terminal's shell leaves it: a test run that was started in the background ignores it, and hands that down.
+# The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal, and with that
+# signal as a terminal's shell leaves it: a test run that was started in the background ignores it, and hands that down.
 PROGRAM_ON_TERMINAL = [
     sys.executable,
     "-c",
