@@ -135,6 +135,17 @@ class TestLongcatLoss:
         exact = reference.longcat_group_loss(routing.logits_TA, routing.topk_ids_TK, expected_ffn=K, **kwargs)
         assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
+    def test_a_skipped_choice_counts_for_no_group(self):
+        routing = routing_of()
+        first_only = routing.topk_ids_TK.clone()
+        first_only[:, 1:] = -1
+        kwargs = {"num_experts": E, "ffn_experts_per_token": 2.0}
+        found = longcat_balance_loss(routing._replace(topk_ids_TK=first_only), **kwargs)
+        scores = routing.logits_TA.softmax(-1)
+        counts = slot_counts(first_only, A).float()
+        factor = torch.cat([counts[:E] * E / (2.0 * 20), counts[E:].sum().expand(Z) / ((K - 2.0) * 20)])
+        assert found.item() == pytest.approx((factor * scores.mean(0)).sum().item(), rel=1e-5)
+
     def test_what_padding_holds_does_not_count(self):
         routing, mask = routing_of(), mask_of()
         expected = longcat_balance_loss(routing, num_experts=E, ffn_experts_per_token=2.0, mask_T=mask)

@@ -109,8 +109,10 @@ def longcat_balance_loss(
     P_A = (scores_TA * valid_T[:, None]).sum(0) / tokens
     P_D = P_A.new_zeros(D + 1).index_add(0, group_of_slot, P_A)
     with torch.no_grad():
-        chosen_TD = torch.zeros(T, D + 1, dtype=torch.bool, device=scores_TA.device)
-        chosen_TD.scatter_(1, group_of_slot[routing.topk_ids_TK], True)
+        ids_TK = routing.topk_ids_TK
+        group_TK = torch.where(ids_TK < 0, D + 1, group_of_slot[ids_TK])  # -1 chooses nothing: column D + 1 is cut off
+        chosen_TD = torch.zeros(T, D + 2, dtype=torch.bool, device=scores_TA.device)
+        chosen_TD = chosen_TD.scatter_(1, group_TK, True)[:, : D + 1]
         total = torch.cat([(chosen_TD & valid_T[:, None]).sum(0), valid_T.sum()[None]]).double()
         total = _all_reduce(total, group)
         f_D = total[:-1] / total[-1].clamp(min=1) * (D / ffn_experts_per_token)

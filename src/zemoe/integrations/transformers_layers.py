@@ -25,6 +25,7 @@ except ImportError as error:
 from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts
+from ..ops import without_autocast
 from ..routing import Routing, RoutingModule, select_experts
 
 StockExperts = modeling.LongcatFlashExperts
@@ -80,7 +81,7 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             x_TH = hidden_states.reshape(-1, self.hidden_dim).float()
             logits_TA = F.linear(x_TH, self.classifier.weight.float())
         weights_TK, ids_TK = select_experts(

@@ -6,8 +6,6 @@ M rows of one expert, R rows with padding, G experts with equally many rows.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
