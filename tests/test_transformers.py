@@ -438,6 +438,15 @@ def test_code_in_the_folder_is_never_run(folders, stock_logits, ids, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("change", [{"rms_norm_eps": "small"}, {"hidden_act": 7}, {"vocab_size": "8192"}])
+def test_load_model_names_the_config_for_a_value_of_the_wrong_type(folders, tmp_path, change):
+    folder = copy_of(folders["original"], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"config\.json: .*" + next(iter(change))):
+        bridge.load_model(folder)
+
+
 def test_load_model_refuses_adapters_pickles_and_unknown_backends(folders, tmp_path):
     folder = copy_of(folders["original"], tmp_path)
     with pytest.raises(ValueError, match="backend must be one of"):

@@ -187,25 +187,18 @@ def load(request: Request) -> Loaded:
         read_config(request.model)
     tokenizer = _load_tokenizer(request.model)
 
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LongcatFlashConfig
     from transformers.utils import logging
+
+    from .integrations.transformers import load_config, load_model, patch_
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # A value of the wrong type is found by whoever uses it first, transformers' own check or its arithmetic.
-    wrong_value = (StrictDataclassError, TypeError, AttributeError, LookupError, ArithmeticError)
-    try:
-        with _failing_with(1):
-            config = LongcatFlashConfig.from_pretrained(request.model, local_files_only=True)
-    except wrong_value as error:
-        raise CommandError(f"{request.model / 'config.json'}: {error}", 1) from error
+    with _failing_with(1):
+        config = load_config(request.model)
     prompt, style, ids = _prompt_ids(request, tokenizer, config)
     device, dtype = torch.device(_full_name(request.device)), _torch_dtype(request.dtype, config.dtype)
     with _failing_with(2, "--"):
         resolve_backend(device, dtype if isinstance(dtype, torch.dtype) else torch.float32, request.backend)
-
-    from .integrations.transformers import load_model, patch_
 
     with _failing_with(1):
         model = load_model(request.model, device, dtype, request.backend)

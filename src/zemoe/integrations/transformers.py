@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.monkey_patching import get_patch_mapping
 
-from ..checkpoint import save_tensors, transformers_layout, verify
+from ..checkpoint import CheckpointError, save_tensors, transformers_layout, verify
 from ..experts import resolve_backend
 from .transformers_layers import (
     StockExperts,
@@ -328,6 +329,18 @@ def _set_can_compile(model: nn.Module, value: bool) -> None:
             module._can_compile_fullgraph = value
 
 
+# A value of the wrong type is found by whoever uses it first, transformers' own check or its arithmetic.
+_WRONG_VALUE = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+
+
+def load_config(folder: str | Path) -> transformers.LongcatFlashConfig:
+    """The config of a checkpoint folder; CheckpointError naming config.json for a value that transformers can't use."""
+    try:
+        return transformers.LongcatFlashConfig.from_pretrained(folder, local_files_only=True)
+    except _WRONG_VALUE as error:
+        raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error
+
+
 def load_model(
     folder: str | Path,
     device: torch.device | str = "cpu",
@@ -352,9 +365,11 @@ def load_model(
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         raise ValueError(f"folder must be a plain checkpoint, got {adapter}: adapters are not supported")
+    config = load_config(folder)
     with applied():
         loaded: Any = modeling.LongcatFlashForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
