@@ -20,7 +20,7 @@ test-oldest: $(READY) $(OLDEST)
 
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu --require-gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
 
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu_layer.py

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,10 +17,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        if item.config.getoption("--require-gpu"):
-            pytest.fail("--require-gpu was given, but torch sees no CUDA device")
+    if torch.cuda.is_available():
+        return
+    if item.config.getoption("--require-gpu"):
+        pytest.fail("--require-gpu was given, but torch sees no CUDA device")
+    if item.get_closest_marker("gpu"):
         pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the Triton kernels run: on the GPU, or on CPU tensors in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _poisoned(make):
