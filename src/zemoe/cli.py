@@ -56,6 +56,8 @@ def app() -> "typer.Typer":
     """The command line as typer has it."""
     import typer
 
+    from .baselines import BASELINES
+    from .bench_layer import load_cases
     from .decoding import Sampling
     from .experts import BACKENDS
     from .generate import DTYPES, EMBEDDED, CommandError, Request
@@ -144,6 +146,69 @@ def app() -> "typer.Typer":
             for table in findings(found):
                 console.print(table, "")
         raise typer.Exit(0 if found["ok"] else 1)
+
+    layer, timing = partial(typer.Option, rich_help_panel="Layer"), partial(typer.Option, rich_help_panel="Timing")
+    listed = "; several with commas"
+
+    @cli.command(epilog="Example: zemoe bench first --tokens 1,16,64 --baseline torch,eager --plot layer.png")
+    def bench(
+        cases: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[CASE]...", help=f"{', '.join(load_cases())}.", show_default="those that suit the device"
+            ),
+        ] = None,
+        tokens: Annotated[str | None, layer(help=f"T{listed}.", show_default="by case")] = None,
+        zero_share: Annotated[
+            str | None,
+            layer(help=f"Share of all choices that zero experts get{listed}.", show_default="chance"),
+        ] = None,
+        skew: Annotated[
+            float | None, layer(help="Share of the FFN choices that one expert gets.", show_default="chance")
+        ] = None,
+        dtype: Annotated[
+            str | None, layer(help="float32, bfloat16 or float16.", show_default="float32 on the CPU, else bfloat16")
+        ] = None,
+        device: Annotated[str | None, layer(help="cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")] = None,
+        baseline: Annotated[
+            str, timing(help=f"What to time beside it: {', '.join(BASELINES)}{listed}; or none.")
+        ] = "torch,eager",
+        repeats: Annotated[
+            int | None,
+            timing(help="Timed rounds, of which the median counts.", show_default="7 on the CPU, 20 on a GPU"),
+        ] = None,
+        seed: Annotated[int, timing(help="Of weights and inputs.")] = 0,
+        csv: Annotated[Path | None, timing(help="Write the rows there, with commit and versions.")] = None,
+        plot: Annotated[
+            Path | None, timing(help="Draw them there, as .png, .svg or .pdf; needs the extra `report`.")
+        ] = None,
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")
+        ] = False,
+    ) -> None:
+        """Time one layer, router included, beside baselines and the machine's floor, after checking all of them."""
+        from .bench import BenchRequest, numbers, run
+        from .terminal import open_console
+
+        with _one_line_errors():
+            request = BenchRequest(
+                cases=tuple(cases or ()),
+                baselines=() if baseline == "none" else tuple(baseline.split(",")),
+                tokens=numbers("--tokens", tokens, int, 1, float("inf")),
+                dtype=dtype,
+                device=device,
+                zero_shares=numbers("--zero-share", zero_share, float, 0, 1),
+                skew=skew,
+                repeats=repeats,
+                seed=seed,
+                csv=csv,
+                plot=plot,
+            )
+            status = open_console(sys.stderr)
+            code, result = run(request, status if as_json else open_console(sys.stdout), status)
+            if as_json:
+                _print_json(result)
+        raise typer.Exit(code)
 
     return cli
 

@@ -25,7 +25,8 @@ class Backend:
     """One way to compute `moe_ffn`.
 
     name: what `backend=` takes. moe_ffn: the op. devices: device types it runs on, None for all.
-    dtypes: of x and weights. about: one line for people.
+    dtypes: of x and weights. about: one line for people. moe_ffn_from_ids: plan and op in one, where no gradient is
+    wanted, or None.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend:
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
     about: str
+    moe_ffn_from_ids: Callable[..., Tensor] | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -42,6 +44,7 @@ BACKENDS: dict[str, Backend] = {
         devices=("cpu",),
         dtypes=_FLOATS,
         about="our own dispatch for CPUs",
+        moe_ffn_from_ids=ops.moe_ffn_from_ids,
     ),
     "torch": Backend(
         name="torch",
@@ -212,7 +215,13 @@ def fused_experts(
     )
     # The affine terms carry a lost token: NaN * x is NaN in every column, whatever was chosen.
     alpha_T = alpha_T.masked_fill(x_TH.detach().amax(-1).isnan(), float("nan"))
-    plan = make_plan(topk_ids, num_experts, num_slots)
     affine = (alpha_T, beta_TC, params.constant_value)
+    from_ids = resolve_backend(x_TH.device, x_TH.dtype, backend).moe_ffn_from_ids
+    differentiable = (x_TH, weights_TK, w13, w2, *affine)
+    trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    if from_ids is not None and not trained:
+        bound = -1 if num_slots is None else num_slots
+        return from_ids(x_TH, weights_TK, topk_ids, w13, w2, *affine, bound, activation).view(hidden_states.shape)
+    plan = make_plan(topk_ids, num_experts, num_slots)
     y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, affine, activation=activation, backend=backend)
     return y_TH.view(hidden_states.shape)

@@ -1,16 +1,22 @@
 """Timing, this machine's ceilings, and the floor that a zero-expert layer cannot go below.
 
-T tokens, H hidden size, I expert width, E FFN experts.
+T tokens, H hidden size, I expert width, E FFN experts, A slots.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Sides = Mapping[str, Callable[[Tensor], Tensor]]
+# Before each timed call a GPU overwrites so many bytes twice: that empties its cache, and takes it long enough (about
+# 0.7 ms on an H100) for Python to have the whole call queued when the first timestamp is taken.
+_FLUSH_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -21,19 +27,123 @@ class Ceilings:
     flops_per_second: float
 
 
-def interleaved(sides: Mapping[str, Callable[[Tensor], object]], inputs: Iterable[Tensor]) -> dict[str, list[float]]:
+# ------------------------------------------------------------------------------------------------------------ timing
+
+
+def _in_turn(names: Sequence[str], turn: int) -> list[tuple[int, str]]:
+    """Names with their places; in the opposite order every second time."""
+    order = list(enumerate(names))
+    return order if turn % 2 == 0 else order[::-1]
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[Tensor], object]],
+    inputs: Sequence[Tensor],
+    after: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds that each side takes for each input, the sides in turn, and in the opposite order every second time.
 
-    For the CPU: the clock is read right after each call, with no synchronisation.
+    For the CPU: the clock is read right after each call, with no synchronisation. Sides that share weights must not
+    find them in the cache, so no two of them get the same input in the same round (where there are inputs enough).
+    `after` is called after each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for inputs_done, x in enumerate(inputs):
-        for name in names if inputs_done % 2 == 0 else reversed(names):
+    for turn in range(len(inputs)):
+        for place, name in _in_turn(list(sides), turn):
+            x = inputs[(turn + place) % len(inputs)]
             start = time.perf_counter()
             sides[name](x)
             seconds[name].append(time.perf_counter() - start)
+        after()
     return seconds
+
+
+def waits_for_device(call: Callable[[], object]) -> bool:
+    """Whether `call` makes Python wait for the current CUDA device, so that no CUDA graph can hold it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _event_seconds(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def cuda_events(
+    sides: Sides, inputs: Sequence[Tensor], after: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """As `interleaved`, on the current CUDA device: between two events, with its cache emptied before."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn, x in enumerate(inputs):
+        for _, name in _in_turn(list(sides), turn):
+            flush.zero_()
+            flush.zero_()
+            seconds[name].append(_event_seconds(lambda name=name, x=x: sides[name](x)))
+        after()
+    return seconds
+
+
+class Replay(NamedTuple):
+    """A CUDA graph of one call for each of `inputs`, which stay where they are; `outputs` are what it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def capture(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Replay:
+    """Capture `call` on each of `inputs`, one after the other, in one CUDA graph."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        call(inputs[0])  # what is compiled or allocated once must not be captured
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call(x) for x in inputs]
+    return Replay(graph, inputs, outputs)
+
+
+def cuda_replays(
+    replays: Mapping[str, Replay],
+    others: Sides,
+    batches: Sequence[Sequence[Tensor]],
+    after: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds a call: `replays` (captured on the same inputs) by replaying them, `others` call by call between events.
+
+    Before each round the inputs of the graphs are overwritten with one of `batches`.
+    """
+    static = next(iter(replays.values())).inputs
+    seconds: dict[str, list[float]] = {name: [] for name in [*replays, *others]}
+    for turn, batch in enumerate(batches):
+        for x, fresh in zip(static, batch, strict=True):
+            x.copy_(fresh)
+        for _, name in _in_turn(list(seconds), turn):
+            if name in replays:
+                seconds[name].append(_event_seconds(replays[name].graph.replay) / len(static))
+            else:
+                spent = [_event_seconds(lambda name=name, x=x: others[name](x)) for x in static]
+                seconds[name].append(sum(spent) / len(static))
+        after()
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------- ceilings
 
 
 def _best(call: Callable[[], object], repeats: int) -> float:
@@ -65,6 +175,31 @@ def cpu_ceilings(
     )
 
 
+def cuda_ceilings(
+    dtype: torch.dtype = torch.bfloat16, *, read_bytes: int = 2**32, matrix_size: int = 8192, repeats: int = 10
+) -> Ceilings:
+    """Measure the ceilings of the current CUDA device, on random numbers: zeros need less power and run faster.
+
+    Reading: the fastest of three reductions of one tensor of `read_bytes`, far more than its cache. Products: square
+    matrices of `matrix_size` in `dtype`.
+    """
+    memory = torch.randn(read_bytes // 4, device="cuda")
+    rows = memory.view(-1, 2**14)
+    vector = torch.randn(rows.shape[1], device="cuda")
+    reads = [memory.sum, memory.amax, lambda: torch.mv(rows, vector)]
+
+    def fastest(call: Callable[[], object]) -> float:
+        call()
+        return min(_event_seconds(call) for _ in range(repeats))
+
+    bytes_per_second = read_bytes / min(fastest(read) for read in reads)
+    a, b = (torch.randn(matrix_size, matrix_size, device="cuda").to(dtype) for _ in range(2))
+    return Ceilings(bytes_per_second, 2 * matrix_size**3 / fastest(lambda: torch.mm(a, b)))
+
+
+# ------------------------------------------------------------------------------------------------------------ floors
+
+
 def moe_floor(
     at: Ceilings,
     *,
@@ -82,3 +217,14 @@ def moe_floor(
     weight_elements = 3 * hidden_size * intermediate_size
     moved = itemsize * (experts_hit * weight_elements + 2 * tokens * hidden_size)
     return max(moved / at.bytes_per_second, 2 * ffn_rows * weight_elements / at.flops_per_second)
+
+
+def router_floor(at: Ceilings, *, tokens: int, slots: int, hidden_size: int, itemsize: int) -> float:
+    """Seconds that the router adds to `moe_floor`: its float32 weight read or its product computed.
+
+    Where the hidden states have 16 bits, the product needs the weight in two parts of 16 bits each to be as good as a
+    float32 one, so it counts twice. The hidden states are read once, in `moe_floor`.
+    """
+    parts = 2 if itemsize < 4 else 1
+    flops = parts * 2 * tokens * hidden_size * slots
+    return max(4 * hidden_size * slots / at.bytes_per_second, flops / at.flops_per_second)

@@ -57,11 +57,7 @@ torch.library.impl("zemoe::plan", "CompositeExplicitAutograd", grouped.plan)  # 
 
 @torch.library.impl("zemoe::plan", "CPU")
 def _plan_cpu(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    if topk_ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(topk_ids))
-        if low < -1 or 0 <= num_slots <= high:
-            bound = f"0..{num_slots - 1}" if num_slots >= 0 else "0 and up"
-            raise ValueError(f"topk_ids must be {bound}, or -1 to skip a choice; got {low if low < -1 else high}")
+    cpu.check_ids(topk_ids, num_slots)
     return cpu.make_plan(topk_ids, num_experts)
 
 
@@ -180,6 +176,38 @@ def moe_ffn(
     )[0]
 
 
+# --- moe_ffn_from_ids: plan and moe_ffn in one, without gradients ---
+
+_define(
+    "moe_ffn_from_ids(Tensor x, Tensor weights, Tensor topk_ids, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, "
+    "Tensor? value, int num_slots, str activation) -> Tensor"
+)
+torch.library.impl("zemoe::moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
+
+
+@torch.library.register_fake("zemoe::moe_ffn_from_ids")
+def _moe_ffn_from_ids_fake(x, weights, topk_ids, w13, w2, alpha, beta, value, num_slots, activation) -> Tensor:
+    return torch.empty_like(x)
+
+
+def moe_ffn_from_ids(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    num_slots: int,
+    activation: str,
+) -> Tensor:
+    """`moe_ffn` of `plan`: the same arguments, and ids [T, K] with their bound as in `plan`. Not differentiable."""
+    return torch.ops.zemoe.moe_ffn_from_ids(
+        x_TH, weights_TK, topk_ids_TK, w13, w2, alpha_T, beta_TC, value_CH, num_slots, activation
+    )
+
+
 # --- gather_rows, sum_rows, grouped_linear, grouped_outer: what the `torch` backend is made of ---
 
 _define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
@@ -257,4 +285,4 @@ torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd,
 
 moe_ffn_grouped = grouped.moe_ffn
 
-__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_grouped", "plan", "topk_ids", "without_autocast"]
+__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_from_ids", "moe_ffn_grouped", "plan", "topk_ids", "without_autocast"]

@@ -6,24 +6,45 @@ M rows of one expert, R rows with padding, G experts with equally many rows.
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .products import MOST_SHARED_ROWS, has_fast_bfloat16, has_onednn, is_small, padded_rows, product, products
+from .products import has_fast_bfloat16, has_onednn, padded_rows, product, products, shared_rows
 
 _MOST_PADDING = 16
+_FEW_CHOICES = 96  # up to here lists of Python numbers are faster than tensors
+
+
+def check_ids(ids: Tensor, num_slots: int) -> None:
+    """ValueError for an id below -1 or, with a num_slots >= 0, not below it."""
+    if ids.numel():
+        _check_bounds(*(int(bound) for bound in torch.aminmax(ids)), num_slots)
+
+
+def _check_bounds(low: int, high: int, num_slots: int) -> None:
+    if low < -1 or 0 <= num_slots <= high:
+        bound = f"0..{num_slots - 1}" if num_slots >= 0 else "0 and up"
+        raise ValueError(f"topk_ids must be {bound}, or -1 to skip a choice; got {low if low < -1 else high}")
+
+
+def _sorted_choices(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(choice_N, expert_offsets): the choices t * K + k by expert, those without a row last; all int64."""
+    ids_N = topk_ids_TK.reshape(-1)
+    # torch sorts integers by radix: the narrower they are, the fewer passes.
+    narrow = torch.int16 if num_experts < 2**15 else torch.int32
+    expert_N = ids_N.masked_fill(ids_N < 0, num_experts).clamp_(max=num_experts).to(narrow)
+    sorted_N, choice_N = expert_N.sort(stable=True)
+    return choice_N, torch.searchsorted(sorted_N, torch.arange(num_experts + 1, dtype=narrow))
 
 
 def make_plan(topk_ids_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan; all int64."""
     M, K = topk_ids_MK.shape
-    ids_N = topk_ids_MK.reshape(-1)
-    # torch sorts integers by radix: the narrower they are, the fewer passes.
-    narrow = torch.int16 if num_experts < 2**15 else torch.int32
-    expert_N = ids_N.masked_fill(ids_N < 0, num_experts).clamp_(max=num_experts).to(narrow)
-    sorted_N, choice_N = expert_N.sort(stable=True)
-    expert_offsets = torch.searchsorted(sorted_N, torch.arange(num_experts + 1, dtype=narrow))
+    choice_N, expert_offsets = _sorted_choices(topk_ids_MK, num_experts)
     R = int(expert_offsets[-1])
     row_token_N = choice_N // K
     row_token_N[R:] = 0
@@ -81,48 +102,114 @@ def forward(
     save_preact: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
-    N, acc, I = row_token_N.shape[0], weights_TK.dtype, w2.shape[2]
+    preact_N2I = x_TH.new_zeros((row_token_N.shape[0] if save_preact else 0, w13.shape[1]))
+    y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
+    _add_experts(
+        y_TH,
+        x_TH,
+        torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING)),
+        _row_weights(weights_TK, slot_row_TK, _MOST_PADDING)[:, None],
+        _rows_by_expert(expert_offsets),
+        w13,
+        w2,
+        activation,
+        preact_N2I if save_preact else None,
+    )
+    return y_TH.to(x_TH.dtype), preact_N2I
+
+
+def forward_from_ids(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    alpha_T: Tensor,
+    beta_TC: Tensor | None,
+    value_CH: Tensor | None,
+    num_slots: int,
+    activation: str,
+) -> Tensor:
+    """y [T, H] in x's dtype as `forward` after `make_plan`, for inference: nobody needs the plan afterwards."""
+    K = topk_ids_TK.shape[1]
+    choice_N, experts = _choices_by_expert(topk_ids_TK, w13.shape[0], num_slots)
+    y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
+    if experts:
+        weight_N1 = weights_TK.reshape(-1, 1)[choice_N]
+        _add_experts(y_TH, x_TH, choice_N // K, weight_N1, experts, w13, w2, activation, None)
+    return y_TH.to(x_TH.dtype)
+
+
+def _choices_by_expert(
+    topk_ids_TK: Tensor, num_experts: int, num_slots: int
+) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """(the choices t * K + k that have a row, by expert, padded; (expert, first row, number of rows) of the busy)."""
+    if topk_ids_TK.numel() > _FEW_CHOICES:
+        check_ids(topk_ids_TK, num_slots)
+        choice_N, expert_offsets = _sorted_choices(topk_ids_TK, num_experts)
+        return torch.nn.functional.pad(choice_N, (0, _MOST_PADDING)), _rows_by_expert(expert_offsets)
+    ids = topk_ids_TK.reshape(-1).tolist()
+    if ids:
+        _check_bounds(min(ids), max(ids), num_slots)
+    # Sorted by Python: a dozen small operators take longer.
+    choices = sorted((n for n, e in enumerate(ids) if 0 <= e < num_experts), key=ids.__getitem__)
+    rows = Counter(ids[n] for n in choices)  # in the order of the experts, for so are the choices
+    starts = accumulate(rows.values(), initial=0)
+    experts = [(e, start, M) for (e, M), start in zip(rows.items(), starts, strict=False)]
+    return torch.tensor(choices + [0] * _MOST_PADDING), experts
+
+
+def _affine(x_TH: Tensor, alpha_T: Tensor, beta_TC: Tensor | None, value_CH: Tensor | None) -> Tensor:
+    """alpha x + beta V in the dtype of alpha: what the experts' rows are added to."""
     y_TH = x_TH * alpha_T[:, None]
     if beta_TC is not None and value_CH is not None:
-        y_TH.addmm_(beta_TC, value_CH.to(acc))
-    preact_N2I = x_TH.new_zeros((N if save_preact else 0, 2 * I))
-    dtype = _product_dtype(x_TH.dtype)
+        y_TH.addmm_(beta_TC, value_CH.to(y_TH.dtype))
+    return y_TH
+
+
+def _add_experts(
+    y_TH: Tensor,
+    x_TH: Tensor,
+    token_N: Tensor,
+    weight_N1: Tensor,
+    experts: list[tuple[int, int, int]],
+    w13: Tensor,
+    w2: Tensor,
+    activation: str,
+    preact_N2I: Tensor | None,
+) -> None:
+    """Add each expert's weighted rows to y; token_N and weight_N1 go on for some entries after the last row."""
+    acc, dtype = y_TH.dtype, _product_dtype(x_TH.dtype)
     w13_E, w2_E = _Weights(w13, dtype), _Weights(w2, dtype)
-    token_N = torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING))
-    weight_N1 = _row_weights(weights_TK, slot_row_TK, _MOST_PADDING)[:, None]
     act = ACTIVATIONS[activation].forward
-    experts = _rows_by_expert(expert_offsets)
-    if dtype == w13.dtype and w13.shape[0] and is_small(w13) and is_small(w2):
-        alone = []
-        by_count: dict[int, list[tuple[int, int]]] = {}
-        for e, start, M in experts:
-            if M <= MOST_SHARED_ROWS:
-                by_count.setdefault(M, []).append((e, start))
-            else:
-                alone.append((e, start, M))
-        experts = alone
-        for M, group in by_count.items():
-            ids, starts = [e for e, _ in group], torch.tensor([start for _, start in group])
-            row_GM = starts[:, None] + torch.arange(M)
-            token = row_token_N[row_GM.view(-1)]
-            both_G2IM = products(w13, ids, x_TH.index_select(0, token).view(len(ids), M, -1))
-            if save_preact:
-                preact_N2I[row_GM] = both_G2IM.transpose(1, 2)
-            gate_GIM, up_GIM = both_G2IM.chunk(2, dim=1)
-            inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[row_GM].transpose(1, 2))
-            out_GHM = products(w2, ids, inner_GIM.transpose(1, 2).contiguous())
-            y_TH.index_add_(0, token, out_GHM.transpose(1, 2).reshape(len(token), -1))
+    shared = min(shared_rows(w13), shared_rows(w2))
+    by_count: dict[int, list[tuple[int, int]]] = {}
     for e, start, M in experts:
+        if M <= shared:
+            by_count.setdefault(M, []).append((e, start))
+    for M, group in by_count.items():
+        ids, starts = [e for e, _ in group], torch.tensor([start for _, start in group])
+        row_GM = starts[:, None] + torch.arange(M) if M > 1 else starts[:, None]
+        token = token_N[row_GM.view(-1)]
+        both_G2IM = products(w13, ids, x_TH.index_select(0, token).view(len(ids), M, -1))
+        if preact_N2I is not None:
+            preact_N2I[row_GM] = both_G2IM.transpose(1, 2)
+        gate_GIM, up_GIM = both_G2IM.chunk(2, dim=1)
+        inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[row_GM].transpose(1, 2))
+        out_GHM = products(w2, ids, inner_GIM.transpose(1, 2))
+        y_TH.index_add_(0, token, out_GHM.transpose(1, 2).reshape(len(token), -1))
+    for e, start, M in experts:
+        if M <= shared:
+            continue
         stop = start + padded_rows(M)
         rows_RH = x_TH.index_select(0, token_N[start:stop]).to(dtype)
         both_R2I = product(w13_E[e], rows_RH, M, onednn=w13_E.onednn)
-        if save_preact:
+        if preact_N2I is not None:
             preact_N2I[start : start + M] = both_R2I[:M]
         gate_RI, up_RI = both_R2I.to(acc).chunk(2, dim=1)
         inner_RI = act(gate_RI).mul_(up_RI).mul_(weight_N1[start : start + len(gate_RI)])
         out_RH = product(w2_E[e], inner_RI.to(dtype), M, onednn=w2_E.onednn)
         y_TH.index_add_(0, token_N[start : start + M], out_RH[:M].to(acc).contiguous())
-    return y_TH.to(x_TH.dtype), preact_N2I
 
 
 def backward(

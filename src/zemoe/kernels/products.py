@@ -11,15 +11,20 @@ from torch import Tensor
 
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
-MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
+_MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
 _SWAP_ROWS = 96  # above, the two orders of the factors take the same time
 _DIRECT_ROWS = 16
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
-def is_small(weight_EOI: Tensor) -> bool:
-    """Whether several experts should share one call, which takes longer to start than to compute."""
-    return weight_EOI.dtype == torch.float32 and weight_EOI.is_contiguous() and weight_EOI[0].numel() <= _SMALL_WEIGHT
+def shared_rows(weight_EOI: Tensor) -> int:
+    """Up to how many rows an expert `products` is the better routine, which takes two experts a call; 0 for never.
+
+    Small weights take longer to start than to compute; and MKL reads a weight on one thread for a single row.
+    """
+    if weight_EOI.dtype != torch.float32 or not weight_EOI.is_contiguous() or not len(weight_EOI):
+        return 0
+    return _MOST_SHARED_ROWS if weight_EOI[0].numel() <= _SMALL_WEIGHT else 1
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -52,15 +57,21 @@ def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor
     to each thread, where it would split a single one, which does not pay for small weights.
     """
     G, M, I = rows_GMI.shape
-    O, stride = weight_EOI.shape[1], weight_EOI.stride(0)
-    rows_GIM = rows_GMI.transpose(1, 2)
+    O, stride, start = weight_EOI.shape[1], weight_EOI.stride(0), weight_EOI.storage_offset()
+    # Strides spelt out, as those of a single row may be anything: unless they say that columns lie in one piece,
+    # MKL takes ten times as long.
+    rows_GIM = rows_GMI.contiguous().as_strided((G, I, M), (M * I, 1, I))
     out_GOM = rows_GMI.new_empty((G, O, M))
     for g in range(0, G - 1, 2):
         first, second = experts[g], experts[g + 1]
-        pair_2OI = weight_EOI[first:].as_strided((2, O, I), ((second - first) * stride, I, 1))
+        pair_2OI = weight_EOI.as_strided((2, O, I), ((second - first) * stride, I, 1), start + first * stride)
         torch.bmm(pair_2OI, rows_GIM[g : g + 2], out=out_GOM[g : g + 2])
     if G % 2:
-        torch.mm(weight_EOI[experts[-1]], rows_GIM[-1], out=out_GOM[-1])
+        last_OI, row_IM, out_OM = weight_EOI[experts[-1]], rows_GIM[-1], out_GOM[-1]
+        if M == 1 and O % 2 == 0:  # a product with a single vector stays on one thread, two halves take one each
+            torch.bmm(last_OI.view(2, -1, I), row_IM.expand(2, I, 1), out=out_OM.view(2, -1, 1))
+        else:
+            torch.mm(last_OI, row_IM, out=out_OM)
     return out_GOM
 
 

@@ -1,0 +1,315 @@
+"""The FFN experts' two products. GEMM1 gathers its rows itself and ends in the activation, GEMM2 writes each row once.
+
+T tokens, H hidden size, I expert width, E FFN experts, K choices, N = T * K row bound, P tile bound. A tile is up to
+BLOCK_M rows of one expert, see `plan.py`; all grids come from static bounds, and a program without work ends at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .combine import affine_terms, combine
+from .tiles import Product, Schedule
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        # gate * (1 + tanh(z)) / 2 = gate * sigmoid(2 z)
+        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate / (1.0 + tl.exp(-2.0 * z))
+
+
+@triton.jit
+def _rows_of(matrix, row, k, width, rows_left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """[BLOCK_N, BLOCK_K] of a matrix with contiguous rows; of rows from rows_left on nobody uses the values."""
+    if TMA:
+        return matrix.load([row, k])
+    else:
+        n = tl.arange(0, BLOCK_N)
+        columns = k + tl.arange(0, BLOCK_K)
+        mask = (n < rows_left)[:, None] & (columns < width)[None, :]
+        return tl.load(matrix + (row + n).to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate_up(
+    x,
+    row_token,
+    offsets,
+    tiles,
+    w13,
+    inner,
+    stride_x,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """inner[n] = act(gate(x[token of n])) * up(x[token of n])."""
+    blocks_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    for index in range(tl.program_id(0), tl.load(tiles) * blocks_n, tl.num_programs(0)):
+        tile = tiles + 2 * (1 + index // blocks_n)
+        expert = tl.load(tile)
+        column = index % blocks_n * BLOCK_N
+        row_M = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
+        in_expert_M = row_M < tl.load(offsets + expert + 1)
+        token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
+        x_M = x + token_M.to(tl.int64) * stride_x
+        gate_row = expert * (2 * I) + column
+        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for k in range(0, H, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            if H % BLOCK_K == 0:
+                a = tl.load(x_M[:, None] + columns[None, :])
+            else:
+                a = tl.load(x_M[:, None] + columns[None, :], mask=(columns < H)[None, :], other=0.0)
+            gate = tl.dot(a, _rows_of(w13, gate_row, k, H, I - column, BLOCK_N, BLOCK_K, TMA).T, gate)
+            up = tl.dot(a, _rows_of(w13, gate_row + I, k, H, I - column, BLOCK_N, BLOCK_K, TMA).T, up)
+        out = (_activate(gate, ACTIVATION) * up).to(inner.dtype.element_ty)
+        column_N = column + tl.arange(0, BLOCK_N)
+        mask = in_expert_M[:, None] & (column_N < I)[None, :]
+        tl.store(inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :], out, mask=mask)
+
+
+@triton.jit
+def _down(
+    inner,
+    offsets,
+    tiles,
+    w2,
+    out,
+    N,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """out[n] = inner[n] times the transposed w2 of its expert."""
+    blocks_n: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    work = tl.load(tiles) * blocks_n
+    for index in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=FLATTEN):
+        tile = tiles + 2 * (1 + index // blocks_n)
+        expert = tl.load(tile)
+        column = index % blocks_n * BLOCK_N
+        first_row = tl.load(tile + 1)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for k in range(0, I, BLOCK_K):
+            a = _rows_of(inner, first_row, k, I, N - first_row, BLOCK_M, BLOCK_K, TMA)
+            w = _rows_of(w2, expert * H + column, k, I, H - column, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(a, w.T, acc)
+        row_M = first_row + tl.arange(0, BLOCK_M)
+        column_N = column + tl.arange(0, BLOCK_N)
+        mask = (row_M < tl.load(offsets + expert + 1))[:, None] & (column_N < H)[None, :]
+        tl.store(out + row_M.to(tl.int64)[:, None] * H + column_N[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_up_one(
+    x,
+    tiles,
+    w13,
+    inner,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One token: row n of `inner` is the n-th tile's expert. No tensor cores, every weight is used once."""
+    expert = tl.load(tiles + 2 * (1 + tl.program_id(0)))
+    if expert >= 0:
+        column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        gate_N = w13 + (expert.to(tl.int64) * (2 * I) + column_N) * H
+        gate = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+        for k in range(0, H, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            in_row = columns < H
+            x_K = tl.load(x + columns, mask=in_row, other=0.0).to(tl.float32)
+            mask = (column_N < I)[:, None] & in_row[None, :]
+            pointers = gate_N[:, None] + columns[None, :]
+            gate += tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * x_K[None, :]
+            up += tl.load(pointers + I * H, mask=mask, other=0.0).to(tl.float32) * x_K[None, :]
+        out_N = _activate(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
+        tl.store(inner + tl.program_id(0) * I + column_N, out_N.to(inner.dtype.element_ty), mask=column_N < I)
+
+
+@triton.jit
+def _down_one(
+    inner,
+    slot_row,
+    weights,
+    tiles,
+    w2,
+    x,
+    alpha,
+    beta,
+    value,
+    out,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One token: its FFN outputs, weighted and summed in the order of the choices, and the affine terms."""
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_out = column_N < H
+    y_N = affine_terms(x, alpha, beta, value, column_N, H, C, BLOCK_N >= H)
+    for choice in range(K):
+        row = tl.load(slot_row + choice)
+        if row >= 0:
+            expert = tl.load(tiles + 2 * (1 + row))
+            w2_N = w2 + (expert.to(tl.int64) * H + column_N) * I
+            acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+            for k in range(0, I, BLOCK_K):
+                columns = k + tl.arange(0, BLOCK_K)
+                in_row = columns < I
+                inner_K = tl.load(inner + row * I + columns, mask=in_row, other=0.0).to(tl.float32)
+                w = tl.load(w2_N[:, None] + columns[None, :], mask=in_out[:, None] & in_row[None, :], other=0.0)
+                acc += w.to(tl.float32) * inner_K[None, :]
+            y_N += tl.load(weights + choice) * tl.sum(acc, 1)
+    tl.store(out + column_N, y_N.to(out.dtype.element_ty), mask=in_out)
+
+
+def _rows(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
+    """What a kernel gets for a matrix with contiguous rows: a descriptor of [block] tiles, or the tensor itself."""
+    rows = matrix.reshape(-1, matrix.shape[-1])
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block)) if tma else rows
+
+
+def gate_up(
+    x_TH: Tensor, row_token_N: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, activation: str, how: Product
+) -> Tensor:
+    """[N, I]: the activated rows of all experts; rows of nobody are left as they were."""
+    (E, two_I, H), N = w13.shape, row_token_N.shape[0]
+    I = two_I // 2
+    inner_NI = x_TH.new_empty((N, I))
+    grid = (how.programs((tiles.shape[0] - 1) * triton.cdiv(I, how.block_n)),)
+    _gate_up[grid](
+        x_TH,
+        row_token_N,
+        offsets,
+        tiles,
+        _rows(w13, (how.block_n, how.block_k), how.tma),
+        inner_NI,
+        x_TH.stride(0),
+        H,
+        I,
+        activation,
+        how.block_m,
+        how.block_n,
+        how.block_k,
+        how.tma,
+        num_warps=how.warps,
+        num_stages=how.stages,
+    )
+    return inner_NI
+
+
+def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Product) -> Tensor:
+    """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were."""
+    (_, H, I), N = w2.shape, inner_NI.shape[0]
+    out_NH = inner_NI.new_empty((N, H))
+    grid = (how.programs((tiles.shape[0] - 1) * triton.cdiv(H, how.block_n)),)
+    _down[grid](
+        _rows(inner_NI, (how.block_m, how.block_k), how.tma),
+        offsets,
+        tiles,
+        _rows(w2, (how.block_n, how.block_k), how.tma),
+        out_NH,
+        N,
+        H,
+        I,
+        how.block_m,
+        how.block_n,
+        how.block_k,
+        how.tma,
+        how.flatten,
+        num_warps=how.warps,
+        num_stages=how.stages,
+    )
+    return out_NH
+
+
+def one_token(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    slot_row_TK: Tensor,
+    tiles: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    activation: str,
+    how: Schedule,
+) -> Tensor:
+    """[1, H]: the whole layer of one token in two launches; its plan has tiles of one row."""
+    (_, H, I), K = w2.shape, slot_row_TK.shape[1]
+    alpha_T, beta_TC, value_CH = affine
+    inner_NI = x_TH.new_empty((K, I))
+    out_TH = x_TH.new_empty((1, H))
+    block_n, block_k = how.gate_up.block_n, how.gate_up.block_k
+    _gate_up_one[(tiles.shape[0] - 1, triton.cdiv(I, block_n))](
+        x_TH, tiles, w13, inner_NI, H, I, activation, block_n, block_k, num_warps=how.gate_up.warps
+    )
+    block_n, block_k = how.down.block_n, how.down.block_k
+    _down_one[(triton.cdiv(H, block_n),)](
+        inner_NI,
+        slot_row_TK,
+        weights_TK,
+        tiles,
+        w2,
+        x_TH,
+        alpha_T,
+        alpha_T if beta_TC is None else beta_TC,
+        alpha_T if value_CH is None else value_CH,
+        out_TH,
+        H,
+        I,
+        K,
+        0 if beta_TC is None else beta_TC.shape[1],
+        block_n,
+        block_k,
+        num_warps=how.down.warps,
+    )
+    return out_TH
+
+
+def moe_ffn(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    row_token_N: Tensor,
+    slot_row_TK: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    activation: str,
+    how: Schedule,
+) -> Tensor:
+    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn."""
+    if how.block_m == 1:
+        return one_token(x_TH, weights_TK, slot_row_TK, tiles, w13, w2, affine, activation, how)
+    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles, w13, activation, how.gate_up)
+    out_NH = down(inner_NI, offsets, tiles, w2, how.down)
+    return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
