@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points, version
 
 import pytest
@@ -53,7 +54,7 @@ def test_help():
     shown = runner.invoke(app(), ["--help"])
     assert shown.exit_code == 0
     commands = re.findall(r"^│ (\w+) {2}", shown.output, re.M)
-    assert commands == ["generate", "doctor"]
+    assert commands == ["generate", "doctor", "bench"]
     shown = runner.invoke(app(), ["generate", "--help"], env={"COLUMNS": "100"})
     assert shown.exit_code == 0
     options = "prompt style max-new-tokens temperature top-p seed model backend device dtype json"
@@ -153,15 +154,17 @@ def test_the_context_ends_it(generate):
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_backend_is_the_one_that_computes(generate, monkeypatch, name):
-    """Both ops are counted, so a name that is shown but not used would be found out."""
+    """Both backends' ops are counted, so a name that is shown but not used would be found out."""
     calls = {"cpu": 0, "torch": 0}
     for backend in calls:
+        ops = {field: getattr(BACKENDS[backend], field) for field in ("moe_ffn", "moe_ffn_from_ids")}
 
-        def spy(*args, op=BACKENDS[backend].moe_ffn, backend=backend):
+        def spy(*args, op, backend=backend):
             calls[backend] += 1
             return op(*args)
 
-        monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], moe_ffn=spy))
+        spies = {field: partial(spy, op=op) for field, op in ops.items() if op is not None}
+        monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], **spies))
     code, out, _ = generate("--json", "--backend", name, "--max-new-tokens", 3, "--seed", 1)
     assert code == 0
     assert json.loads(out)["backend"]["name"] == name

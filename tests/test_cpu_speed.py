@@ -158,8 +158,12 @@ class TestMeasure:
     def test_sides_alternate(self):
         seen: list[str] = []
         sides = {name: lambda x, name=name: seen.append(f"{name}{x.item():.0f}") for name in ("a", "b")}
-        seconds = interleaved(sides, [torch.tensor(float(i)) for i in range(3)])
-        assert seen == ["a0", "b0", "b1", "a1", "a2", "b2"]
+        rounds = []
+        seconds = interleaved(sides, [torch.tensor(float(i)) for i in range(3)], lambda: rounds.append(len(seen)))
+        assert rounds == [2, 4, 6]
+        assert seen == ["a0", "b1", "b2", "a1", "a2", "b0"], (
+            "each input once a side, no two sides on one input in a row"
+        )
         assert [len(values) for values in seconds.values()] == [3, 3]
 
     def test_ceilings_are_positive(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,21 +45,20 @@ def _eager(layer: MoE) -> Call:
     from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
     config = layer.config
+    sizes: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "expert_ffn_hidden_size": config.intermediate_size,
+        "n_routed_experts": config.num_experts,
+        "zero_expert_num": config.num_zero_experts,
+        "moe_topk": config.top_k,
+        "num_experts_per_tok": config.top_k,  # what the newest version calls it
+        "routed_scaling_factor": config.routed_scaling_factor,
+    }
     with torch.device("meta"):
-        eager = LongcatFlashMoE(
-            LongcatFlashConfig(
-                hidden_size=config.hidden_size,
-                expert_ffn_hidden_size=config.intermediate_size,
-                n_routed_experts=config.num_experts,
-                zero_expert_num=config.num_zero_experts,
-                moe_topk=config.top_k,
-                num_experts_per_tok=config.top_k,
-                routed_scaling_factor=config.routed_scaling_factor,
-            )
-        )
+        eager = LongcatFlashMoE(LongcatFlashConfig(**sizes))
     eager.experts.gate_up_proj, eager.experts.down_proj = layer.w13, layer.w2
     eager.router.classifier.weight = layer.router.classifier.weight
-    eager.router.e_score_correction_bias = layer.router.e_score_correction_bias
+    eager.router.register_buffer("e_score_correction_bias", layer.router.e_score_correction_bias)
     eager.eval()
     return lambda x_TH: eager(x_TH[None])[0]
 

@@ -72,7 +72,7 @@ def load_cases(path: Path = CASES_FILE) -> dict[str, Case]:
 
 
 def build(case: Case, dtype: torch.dtype, device: torch.device) -> MoE:
-    """The layer with random weights from torch's global generator, so that its logits and outputs have a size near 1."""
+    """The layer with random weights from torch's global generator; its logits have a standard deviation of about 1."""
     with device:
         layer = MoE(case.config, dtype=dtype, init_std=case.hidden_size**-0.5)
     return layer.eval().requires_grad_(False)
@@ -95,7 +95,7 @@ def shares(ids_TK: Tensor, num_experts: int) -> Shares:
 def _least(reached: Callable[[float], bool]) -> float:
     """The least bias for which `reached` holds, by halving; `reached` is monotone."""
     low, high = -_ALWAYS, _ALWAYS
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if reached(middle) else (middle, high)
     return high
@@ -130,14 +130,18 @@ def steer(layer: MoE, zero_share: float | None, skew: float | None) -> None:
     def enough_skew(value: float) -> bool:
         bias[0] = value
         ids_TK = chosen()
-        return (ids_TK == 0).sum().item() >= (skew or 0.0) * (ids_TK < E).sum().item()
+        # With a share of zero choices that will be so, not with the one that this value makes: that converges faster.
+        real = (ids_TK < E).sum().item() if zero_share is None else (1 - zero_share) * ids_TK.numel()
+        return (ids_TK == 0).sum().item() >= (skew or 0.0) * real
 
-    for _ in range(1 if skew is None or zero_share is None else 4):  # each of the two moves the other a little
+    for _ in range(1 if skew is None or zero_share is None else 8):  # each of the two moves the other
         if zero_share is not None:
             # At the ends exactly: what these tokens do by a hair others may not.
             bias[E:] = -_ALWAYS if zero_share == 0 else _ALWAYS if zero_share == 1 else _least(enough_zero)
         if skew is not None:
             bias[0] = _least(enough_skew)
+        if zero_share is not None and abs(shares(chosen(), E).zero - zero_share) < _NEAR / 8:
+            break
     found = shares(chosen(), E)
     if zero_share is not None and abs(found.zero - zero_share) > _NEAR:
         raise ValueError(
@@ -147,6 +151,6 @@ def steer(layer: MoE, zero_share: float | None, skew: float | None) -> None:
     if skew is not None and abs(found.top - skew) > _NEAR:
         real = K * (1 - found.zero)
         raise ValueError(
-            f"skew {skew:g} is out of reach: a token makes {real:.1f} choices of FFN experts, each at most once, so one "
-            f"expert gets from {1 / E:.2g} to {1 / max(real, 1.0):.2g} of them; a larger --zero-share allows more"
+            f"skew {skew:g} is out of reach: a token makes {real:.1f} choices of FFN experts, each at most once, so "
+            f"one expert gets from {1 / E:.2g} to {1 / max(real, 1.0):.2g} of them; a larger --zero-share allows more"
         )

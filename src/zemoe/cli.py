@@ -187,7 +187,8 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Time one layer, router included, beside baselines and the machine's floor, after checking all of them."""
-        from .bench import BenchRequest, numbers, run
+        from .bench import run
+        from .bench_plan import BenchRequest, numbers
         from .terminal import open_console
 
         with _one_line_errors():

@@ -6,7 +6,7 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 

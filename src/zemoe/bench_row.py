@@ -1,0 +1,193 @@
+"""One row of `zemoe bench`: a layer at one T, checked, timed, and beside its floor.
+
+T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices a token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import bench_check, measure
+from .baselines import Call
+from .bench_layer import Case
+from .bench_plan import Plan
+from .experts import resolve_backend
+from .generate import CommandError
+from .layer import MoE
+
+# Untimed rounds before: oneDNN builds its kernels in the first two.
+_WARMUP = {"cpu": 2, "cuda": 1}
+MOST_REPLAYED = 512  # tokens up to which a CUDA graph is replayed, as engines do when they decode
+CALLS_A_GRAPH = 4
+_POISON_BYTES = 2**30
+
+
+def _poison(device: torch.device) -> None:
+    """Leave NaN in the memory that the next calls get, so that what they don't write shows."""
+    if device.type == "cuda":
+        sizes = [_POISON_BYTES, *[2**19] * 64]  # small tensors come from a pool of their own
+        held = [torch.full((size // 4,), float("nan"), device=device) for size in sizes]
+        del held
+
+
+def _judged(name: str, out_TH: Tensor, wanted: bench_check.Expected, what: str) -> None:
+    wrong = bench_check.judge(out_TH, wanted)
+    if wrong:
+        raise CommandError(f"{name} is wrong, {what}: {wrong}", 1)
+
+
+class Work(NamedTuple):
+    """Means over a row's inputs; the shares are of all their choices together.
+
+    ffn_rows: (token, FFN expert) pairs. top_share: the most popular FFN expert's share of them.
+    """
+
+    floor_seconds: float
+    experts_hit: float
+    ffn_rows: float
+    zero_share: float
+    top_share: float
+
+
+class Row:
+    """One layer, its routing steered, at one T: inputs, checks, times."""
+
+    def __init__(self, plan: Plan, case: Case, layer: MoE, sides: dict[str, Call], tokens: int) -> None:
+        self.plan, self.case, self.layer, self.sides, self.tokens = plan, case, layer, sides, tokens
+        self.cuda = plan.device.type == "cuda"
+        self.replayed = self.cuda and tokens <= MOST_REPLAYED
+        self.rounds = plan.repeats + _WARMUP[plan.device.type]
+        count = self.rounds * (CALLS_A_GRAPH if self.replayed else 1)
+        self.inputs = [self._input() for _ in range(count)]
+        self.what = f"{case.name} at T = {tokens}"
+        self.too_large: list[str] = []
+        self.methods: dict[str, str] = {}
+
+    def _input(self) -> Tensor:
+        x_TH = torch.randn(self.tokens, self.case.hidden_size, device=self.plan.device)
+        return x_TH.to(self.plan.dtype)
+
+    def _expected(self) -> bench_check.Expected:
+        for _ in range(100):
+            wanted = bench_check.expected(self.layer, self.inputs[0])
+            if wanted.tokens:
+                return wanted
+            self.inputs[0] = self._input()
+        raise CommandError(
+            f"{self.what}: no token has choices that are clear of rounding, so nothing can be checked", 1
+        )
+
+    def _check(self, wanted: bench_check.Expected) -> None:
+        for name in list(self.sides):
+            _poison(self.plan.device)
+            try:
+                out_TH = self.sides[name](self.inputs[0])
+            except torch.OutOfMemoryError as error:
+                if name == "zemoe":
+                    raise CommandError(f"{self.what}: {error}", 1) from None
+                self.too_large.append(name)
+                del self.sides[name]
+                continue
+            _judged(name, out_TH, wanted, self.what)
+
+    def seconds(self, after: Callable[[], None]) -> dict[str, list[float]]:
+        """Seconds a call and round of each side, once all of them have passed the check."""
+        wanted = self._expected()
+        self._check(wanted)
+        if not self.cuda:
+            self.methods = dict.fromkeys(self.sides, "clock")
+            spent = measure.interleaved(self.sides, self.inputs, after)
+        elif not self.replayed:
+            self.methods = dict.fromkeys(self.sides, "events")
+            spent = measure.cuda_events(self.sides, self.inputs, after)
+        else:
+            spent = self._replays(wanted, after)
+        warmup = _WARMUP[self.plan.device.type]
+        return {name: values[warmup:] for name, values in spent.items()}
+
+    def _replays(self, wanted: bench_check.Expected, after: Callable[[], None]) -> dict[str, list[float]]:
+        static = [x.clone() for x in self.inputs[:CALLS_A_GRAPH]]
+        replays: dict[str, measure.Replay] = {}
+        others: dict[str, Call] = {}
+        for name, call in self.sides.items():
+            if measure.waits_for_device(partial(call, static[0])):
+                others[name], self.methods[name] = call, "events"
+                continue
+            replays[name], self.methods[name] = measure.capture(call, static), "replay"
+            for out_TH in replays[name].outputs:
+                out_TH.fill_(float("nan"))
+            replays[name].graph.replay()
+            for place, out_TH in enumerate(replays[name].outputs):
+                _judged(name, out_TH, wanted._replace(tokens=[]) if place else wanted, f"{self.what}, replayed")
+        batches = [self.inputs[i : i + CALLS_A_GRAPH] for i in range(0, len(self.inputs), CALLS_A_GRAPH)]
+        if not replays:
+            self.methods = dict.fromkeys(self.sides, "events")
+            return measure.cuda_events(self.sides, [batch[0] for batch in batches], after)
+        return measure.cuda_replays(replays, others, batches, after)
+
+    def work(self, at: measure.Ceilings) -> Work:
+        """What the layer had to do for the inputs that were timed."""
+        case = self.case
+        sizes = {"hidden_size": case.hidden_size, "itemsize": self.plan.dtype.itemsize, "tokens": self.tokens}
+        router = measure.router_floor(at, slots=case.config.num_slots, **sizes)
+        chosen_A = torch.zeros(case.config.num_slots, dtype=torch.int64, device=self.plan.device)
+        floors, hits = [], []
+        for x_TH in self.inputs:
+            counts_A = torch.bincount(self.layer.router(x_TH).topk_ids_TK.flatten(), minlength=case.config.num_slots)
+            counts_E = counts_A[: case.num_experts]
+            rows, hit = int(counts_E.sum()), int(counts_E.count_nonzero())
+            floor = measure.moe_floor(
+                at, ffn_rows=rows, experts_hit=hit, intermediate_size=case.intermediate_size, **sizes
+            )
+            floors.append(floor + router)
+            hits.append(hit)
+            chosen_A += counts_A
+        chosen_E = chosen_A[: case.num_experts]
+        real = int(chosen_E.sum())
+        return Work(
+            floor_seconds=statistics.mean(floors),
+            experts_hit=statistics.mean(hits),
+            ffn_rows=real / len(self.inputs),
+            zero_share=1 - real / int(chosen_A.sum()),
+            top_share=int(chosen_E.amax()) / max(real, 1),
+        )
+
+    def result(self, seconds: dict[str, list[float]], at: measure.Ceilings, zero_share: float | None) -> dict[str, Any]:
+        """What the table, the CSV and the JSON hold of this row."""
+        case, work = self.case, self.work(at)
+        ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+        flops = 2 * work.ffn_rows * 3 * case.hidden_size * case.intermediate_size
+        row: dict[str, Any] = {
+            "case": case.name,
+            "H": case.hidden_size,
+            "I": case.intermediate_size,
+            "E": case.num_experts,
+            "Z": case.num_zero_experts,
+            "K": case.top_k,
+            "dtype": str(self.plan.dtype).removeprefix("torch."),
+            "backend": resolve_backend(self.plan.device, self.plan.dtype).name,
+            "T": self.tokens,
+            "zero_share_asked": zero_share,
+            "zero_share": work.zero_share,
+            "skew_asked": self.plan.request.skew,
+            "skew": work.top_share,
+            "experts_hit": work.experts_hit,
+            "method": self.methods["zemoe"],
+            "ms": ms["zemoe"],
+            "best_ms": 1e3 * min(seconds["zemoe"]),
+            "floor_ms": 1e3 * work.floor_seconds,
+            "floor_ratio": ms["zemoe"] / (1e3 * work.floor_seconds),
+            "tflop_s": flops / ms["zemoe"] / 1e9,
+        }
+        for name in self.plan.baselines:
+            row[f"{name}_method"] = self.methods.get(name, "out of memory" if name in self.too_large else None)
+            row[f"{name}_ms"] = ms.get(name)
+            row[f"{name}_best_ms"] = 1e3 * min(seconds[name]) if name in seconds else None
+            row[f"{name}_ratio"] = ms[name] / ms["zemoe"] if name in ms else None
+        return row

@@ -1,0 +1,468 @@
+"""`zemoe bench`: what is asked, checked before it is timed, counted, and written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+
+from zemoe import MoE, bench, bench_check, bench_layer, bench_plan, bench_row, bench_show, measure
+from zemoe.baselines import BASELINES
+from zemoe.cli import main
+from zemoe.measure import Ceilings, moe_floor, router_floor
+
+TINY = bench_layer.Case(
+    name="tiny",
+    about="for these tests",
+    hidden_size=32,
+    intermediate_size=16,
+    num_experts=8,
+    num_zero_experts=6,
+    top_k=4,
+    routed_scaling_factor=2.0,
+    tokens=(1, 5),
+    devices=("cpu",),
+)
+AT = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Two small cases, and a machine whose ceilings are known."""
+    cases = {"tiny": TINY, "other": replace(TINY, name="other", num_experts=12, devices=())}
+    monkeypatch.setattr(bench_layer, "load_cases", lambda: cases)
+    for name in ("cpu_ceilings", "cuda_ceilings"):
+        monkeypatch.setattr(measure, name, lambda dtype: AT)
+
+
+@pytest.fixture
+def call(capsys):
+    """Run `zemoe bench` on the CPU with few rounds; the exit code, stdout and stderr."""
+
+    def run(*arguments):
+        code = main(["bench", "--device", "cpu", "--repeats", "2", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def result(call):
+    """The JSON of a run that went well."""
+
+    def run(*arguments):
+        code, out, err = call("--json", *arguments)
+        assert code == 0, err
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+def test_the_cases_that_are_shipped(monkeypatch):
+    monkeypatch.undo()
+    cases = bench_layer.load_cases()
+    sizes = {
+        name: (case.hidden_size, case.intermediate_size, case.num_experts, case.num_zero_experts, case.top_k)
+        for name, case in cases.items()
+    }
+    assert sizes == {
+        "lite": (3072, 1024, 256, 128, 12),
+        "research": (2048, 1024, 64, 32, 12),
+        "flash": (6144, 2048, 512, 256, 12),
+        "first": (1024, 512, 64, 32, 12),
+        "second": (256, 128, 512, 256, 12),
+    }
+    for case in cases.values():
+        assert case.config.num_slots == case.num_experts + case.num_zero_experts
+        assert case.tokens == tuple(sorted(case.tokens)) and case.tokens[0] == 1
+        assert case.routed_scaling_factor == 6.0
+    assert cases["flash"].weight_bytes(2) == 2 * 512 * 3 * 2048 * 6144 + 4 * 768 * 6144
+    for device in ("cpu", "cuda"):
+        assert any(device in case.devices for case in cases.values())
+    assert bench_layer.CASES_FILE.parent.name == "zemoe", "inside of the package, so that a wheel has it"
+
+
+# ------------------------------------------------------------------------------------------------------------ asking
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["third"], "CASE must be one of tiny, other, got 'third'"),
+        (["--tokens", "1,x"], "--tokens must be whole numbers from 1, with commas between them, got '1,x'"),
+        (["--tokens", "0"], "--tokens must be whole numbers from 1"),
+        (["--tokens", ""], "--tokens must be"),
+        (["--zero-share", "0.5,1.5"], "--zero-share must be numbers from 0 to 1"),
+        (["--zero-share", "nan"], "--zero-share must be"),
+        (["--skew", "0"], "--skew must be more than 0 and at most 1"),
+        (["--baseline", "torch,tensorflow"], "--baseline must list some of torch, eager, vllm, sonicmoe, liger"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--device", "tpu"], "--device must be one that bench can use here (cpu"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--csv", "/no/such/folder/x.csv"], "--csv must be a file in a folder that exists"),
+        (["--plot", "layer.gif"], "--plot must end in one of .png, .svg, .pdf"),
+        (["--faster"], "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_asked_wrongly(call, monkeypatch, arguments, message):
+    monkeypatch.setattr(bench, "_measure_case", lambda *_: pytest.fail("measured"))
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("zemoe: error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_memory_is_checked_first(call, monkeypatch):
+    monkeypatch.setattr(bench_plan, "free_bytes", lambda device: 40_000)
+    monkeypatch.setattr(bench_layer, "build", lambda *_: pytest.fail("allocated"))
+    code, _, err = call()
+    assert code == 1
+    assert "tiny needs 0.0 GB of weights and up to" in err and "but cpu has 0.0 GB left" in err
+    monkeypatch.setattr(bench_plan, "free_bytes", lambda device: None)
+    with pytest.raises(pytest.fail.Exception, match="allocated"):
+        call()
+
+
+def test_free_memory_is_known_on_linux():
+    free = bench_plan.free_bytes(torch.device("cpu"))
+    assert free is None or 10**7 < free < 10**14
+
+
+def test_a_plot_without_matplotlib(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_plan, "find_spec", lambda name: None)
+    code, _, err = call("--plot", tmp_path / "layer.png")
+    assert code == 1 and "pip install 'zemoe[report]'" in err
+
+
+# ---------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_absent_baselines_are_named(call, monkeypatch):
+    asked = ("--tokens", 1, "--baseline", "torch,vllm,sonicmoe,liger")
+    code, out, _ = call(*asked)
+    assert code == 0
+    for name in ("vllm", "sonicmoe", "liger"):
+        assert f"{name}: not installed" in out
+        assert f"{name} ms" not in out
+    monkeypatch.setattr("zemoe.baselines.find_spec", lambda name: object())
+    assert "vllm: installed, but zemoe has no adapter for it that was ever tried" in call(*asked)[1]
+
+
+def test_none_is_a_baseline(result):
+    row = result("--baseline", "none", "--tokens", 3)["rows"][0]
+    assert not [key for key in row if key.startswith(("torch", "eager"))]
+
+
+@pytest.mark.parametrize("name", ["torch", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_baselines_compute_the_layer_on_its_weights(name, dtype):
+    torch.manual_seed(0)
+    layer = bench_layer.build(TINY, dtype, torch.device("cpu"))
+    side = BASELINES[name].build(layer)
+    for share in (None, 0.0, 0.7):  # what steers the layer steers the baseline
+        bench_layer.steer(layer, share, None)
+        x = torch.randn(40, 32).to(dtype)
+        wanted = bench_check.expected(layer, x)
+        assert len(wanted.tokens) == bench_check.TOKENS
+        assert bench_check.judge(side(x), wanted) == bench_check.judge(layer(x), wanted) == ""
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    layer.w2.zero_()
+    assert bench_check.judge(side(x), wanted), "the weights are the layer's own, not a copy"
+    assert before == (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def test_a_baseline_out_of_memory_is_left_out(call, monkeypatch):
+    def build(layer):
+        def side(x):
+            if x.shape[0] > 1:
+                raise torch.OutOfMemoryError("no")
+            return layer(x)
+
+        return side
+
+    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], build=build))
+    code, out, _ = call()
+    assert code == 0
+    assert re.search(r"^5 .* - +-\s*$", out.replace("\n 5", "\n5"), re.M)
+    assert "eager does not fit into memory at T = 5" in out
+
+
+# ------------------------------------------------------------------------------------------------- checked before timed
+
+
+def dropped_choice(self, x):
+    ids = self.router(x).topk_ids_TK
+    full = FORWARD(self, x)
+    weight = self.router(x).topk_weights_TK[:, 0, None]
+    gate, up = torch.einsum("th,toh->to", x, self.w13[ids[:, 0].clamp(max=7)]).chunk(2, -1)
+    value = torch.einsum("ti,thi->th", torch.nn.functional.silu(gate) * up, self.w2[ids[:, 0].clamp(max=7)])
+    return full - weight * torch.where(ids[:, :1] < 8, value, x)
+
+
+FORWARD = MoE.forward
+BROKEN = {
+    "zeros": lambda self, x: torch.zeros_like(x),
+    "one NaN": lambda self, x: FORWARD(self, x).index_fill(1, torch.tensor([3]), float("nan")),
+    "last token": lambda self, x: torch.cat([FORWARD(self, x)[:-1], x[-1:]]),
+    "one choice dropped": dropped_choice,
+    "scaling forgotten": lambda self, x: FORWARD(self, x) / 2,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_layer_is_not_timed(call, monkeypatch, tmp_path, how, dtype):
+    monkeypatch.setattr(MoE, "forward", BROKEN[how])
+    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
+    code, out, err = call("--dtype", dtype, "--tokens", 30, "--csv", tmp_path / "rows.csv")
+    assert code == 1
+    assert err.startswith("zemoe: error: zemoe is wrong, tiny at T = 30: ") and err.count("\n") == 1
+    assert "floor ms" not in out
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_a_broken_baseline_is_not_timed(call, monkeypatch):
+    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], build=lambda layer: lambda x: 1.1 * layer(x)))
+    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
+    code, _, err = call("--tokens", 30)
+    assert code == 1 and "eager is wrong" in err
+
+
+def test_tokens_whose_choice_is_a_matter_of_rounding_are_not_checked():
+    torch.manual_seed(0)
+    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
+    x = torch.randn(3, 32)
+    layer.router.classifier.weight[1:] = layer.router.classifier.weight[0]  # all slots are equal
+    assert bench_check.expected(layer, x).tokens == []
+
+
+# -------------------------------------------------------------------------------------------------------- the routing
+
+
+@pytest.mark.parametrize("asked", [0.0, 0.33, 0.67, 0.9, 1.0])
+def test_zero_share_is_what_was_asked(asked):
+    torch.manual_seed(0)
+    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
+    x = torch.randn(4000, 32)
+    free = layer.router(x)
+    bench_layer.steer(layer, asked, None)
+    found = layer.router(x)
+    zero = (found.topk_ids_TK >= 8).float().mean().item()
+    assert zero == pytest.approx(asked, abs=0 if asked in (0, 1) else 0.02)
+    assert torch.equal(found.logits_TA, free.logits_TA), "only the selection changes"
+
+
+@pytest.mark.parametrize(("zero_share", "skew"), [(None, 0.3), (0.75, 0.6), (0.0, 0.2)])
+def test_skew_is_what_was_asked(zero_share, skew):
+    torch.manual_seed(0)
+    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
+    bench_layer.steer(layer, zero_share, skew)
+    ids = layer.router(torch.randn(4000, 32)).topk_ids_TK
+    real = ids[ids < 8]
+    assert (real == 0).float().mean().item() == pytest.approx(skew, abs=0.02)
+    assert real.bincount().argmax() == 0
+    if zero_share is not None:
+        assert (ids >= 8).float().mean().item() == pytest.approx(zero_share, abs=0.02)
+
+
+def test_shares_out_of_reach_are_refused(call):
+    code, _, err = call("--skew", 0.9, "--tokens", 3)
+    assert code == 2 and "tiny: --skew 0.9 is out of reach: a token makes" in err and "larger --zero-share" in err
+    few = replace(TINY, num_zero_experts=2)
+    layer = bench_layer.build(few, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"zero-share 0\.9 is out of reach: .* get to 0\.50"):
+        bench_layer.steer(layer, 0.9, None)
+
+
+def test_realised_shares_are_reported(call, result):
+    rows = result("--tokens", 400, "--zero-share", "0.3,0.5", "--skew", 0.3)["rows"]
+    assert [row["zero_share_asked"] for row in rows] == [0.3, 0.5]
+    for row in rows:
+        assert row["zero_share"] == pytest.approx(row["zero_share_asked"], abs=0.03)
+        assert row["skew_asked"] == 0.3
+        assert row["skew"] == pytest.approx(0.3, abs=0.03)
+    assert "top expert" in call("--tokens", 40, "--skew", 0.2)[1]
+
+
+# --------------------------------------------------------------------------------------------------- counts and floors
+
+
+def test_router_floor_by_hand():
+    sizes = {"tokens": 10, "slots": 6, "hidden_size": 4}
+    assert router_floor(Ceilings(1.0, 1e9), **sizes, itemsize=4) == 4 * 6 * 4
+    assert router_floor(Ceilings(1e9, 1.0), **sizes, itemsize=4) == 2 * 10 * 6 * 4
+    assert router_floor(Ceilings(1e9, 1.0), **sizes, itemsize=2) == 2 * 2 * 10 * 6 * 4
+
+
+def test_the_row_of_a_layer_without_ffn_choices(result):
+    (row,) = result("--zero-share", 1, "--tokens", 5)["rows"]
+    assert (row["zero_share"], row["experts_hit"], row["tflop_s"], row["skew"]) == (1, 0, 0, 0)
+    weight, x = 4 * 14 * 32, 2 * 5 * 32 * 4
+    assert row["floor_ms"] == pytest.approx(1e3 * (x + weight) / 1e9)
+
+
+def test_the_row_of_a_layer_with_all_choices_real(result):
+    (row,) = result("--zero-share", 0, "--tokens", 200)["rows"]
+    assert (row["zero_share"], row["experts_hit"]) == (0, 8)
+    flops, router = 2 * 200 * 4 * 3 * 16 * 32, 2 * 200 * 32 * 14
+    assert row["floor_ms"] == pytest.approx(1e3 * (flops + router) / 1e10)
+    assert row["floor_ratio"] == pytest.approx(row["ms"] / row["floor_ms"])
+    assert row["tflop_s"] == pytest.approx(flops / row["ms"] / 1e9)
+    at = {"tokens": 200, "ffn_rows": 800, "experts_hit": 8, "hidden_size": 32, "intermediate_size": 16, "itemsize": 4}
+    whole = moe_floor(AT, **at) + router_floor(AT, tokens=200, slots=14, hidden_size=32, itemsize=4)
+    assert row["floor_ms"] == pytest.approx(1e3 * whole)
+
+
+def test_medians_and_ratios(result, monkeypatch):
+    def spent(sides, inputs, after):
+        assert list(sides) == ["zemoe", "torch", "eager"]
+        assert len(inputs) == 3 + bench_row._WARMUP["cpu"]
+        assert len({x.data_ptr() for x in inputs}) == len(inputs) and all(x.std() > 0.5 for x in inputs)
+        return {name: [99.0] * 2 + [9 * scale, scale, 2 * scale] for scale, name in zip((1, 3, 8), sides, strict=True)}
+
+    monkeypatch.setattr(measure, "interleaved", spent)
+    (row,) = result("--tokens", 50, "--repeats", 3)["rows"]
+    assert (row["ms"], row["best_ms"]) == (2000, 1000)
+    assert (row["torch_ms"], row["torch_ratio"], row["torch_best_ms"]) == (6000, 3, 3000)
+    assert (row["eager_ms"], row["eager_ratio"]) == (16000, 8)
+
+
+def test_seed(result):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, again, other = (result("--tokens", 9, "--seed", seed)["rows"][0] for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected), "the caller's random numbers are its own"
+    same = ("zero_share", "floor_ms", "experts_hit", "skew")
+    assert [first[key] for key in same] == [again[key] for key in same] != [other[key] for key in same]
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def test_table(call):
+    code, out, err = call("tiny", "other", "--tokens", "1,20")
+    assert (code, err) == (0, "")
+    titles = re.findall(
+        r"^(tiny|other): H 32, I 16, (8|12) FFN and 6 zero experts, 4 choices; backend (\w+)", out, re.M
+    )
+    assert titles == [("tiny", "8", "cpu"), ("other", "12", "cpu")]
+    header = "T  zero share  ms  floor ms  x floor  TFLOP/s  torch ms  torch x  eager ms  eager x"
+    assert len(re.findall(r"^ *" + header.replace("  ", " +"), out, re.M)) == 2
+    for tokens in (1, 20):
+        assert len(re.findall(rf"^ *{tokens}  +\d+\.\d%(  +[\d.]+){{8}} *$", out, re.M)) == 2
+    assert "reads 1.00 GB/s, multiplies 0.01 TFLOP/s" in out
+    assert "\x1b" not in out
+
+
+def test_json(result):
+    found = result("--tokens", "1,3", "--baseline", "torch,vllm", "--seed", 4)
+    assert (found["finish"], found["zemoe"]) == ("done", bench.__version__)
+    assert found["baselines"] == {"torch": "timed", "vllm": "not installed"}
+    assert found["notes"] == ["vllm: not installed"]
+    assert [case["name"] for case in found["cases"]] == ["tiny"]
+    about = found["about"]
+    assert (about["seed"], about["repeats"], about["read_gb_s"], about["product_tflop_s"]) == (4, 2, 1, 0.01)
+    assert about["torch"] == torch.__version__ and about["device"]
+    assert [row["T"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        assert (row["case"], row["dtype"], row["backend"], row["method"]) == ("tiny", "float32", "cpu", "clock")
+        assert 0 < row["best_ms"] <= row["ms"] and row["torch_ms"] > 0
+
+
+def test_csv(call, tmp_path):
+    path = tmp_path / "rows.csv"
+    assert call("--csv", path, "--baseline", "eager")[0] == 0
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    columns = """case H I E Z K dtype backend T zero_share_asked zero_share skew_asked skew experts_hit
+        method ms best_ms floor_ms floor_ratio tflop_s eager_method eager_ms eager_best_ms eager_ratio
+        repeats seed commit device read_gb_s product_tflop_s zemoe torch triton transformers"""
+    assert reader.fieldnames == columns.split()
+    assert [row["T"] for row in rows] == ["1", "5"]
+    for row in rows:
+        assert float(row["eager_ratio"]) == pytest.approx(float(row["eager_ms"]) / float(row["ms"]), rel=1e-4)
+        assert (row["zero_share_asked"], row["torch"]) == ("", torch.__version__)
+        assert row["commit"] == bench.commit()
+
+
+def test_commit(monkeypatch):
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", bench.commit())
+    monkeypatch.setenv("PATH", "")
+    assert bench.commit() == "unknown"
+
+
+def test_plot(call, tmp_path):
+    path = tmp_path / "layer.png"
+    assert call("tiny", "other", "--zero-share", "0,0.5", "--plot", path)[0] == 0
+    both = path.read_bytes()
+    assert both[:8] == b"\x89PNG\r\n\x1a\n" and len(both) > 20_000
+    width, height = struct.unpack(">II", both[16:24])
+    assert width > height > 1000, "two panels beside each other, two cases"
+    call("tiny", "--plot", path)
+    assert struct.unpack(">I", path.read_bytes()[16:20])[0] < width, "no second panel without a sweep"
+
+
+def test_interrupted(call, monkeypatch, tmp_path):
+    timed = measure.interleaved
+
+    def spent(sides, inputs, after):
+        if inputs[0].shape[0] == 5:
+            raise KeyboardInterrupt
+        return timed(sides, inputs, after)
+
+    monkeypatch.setattr(measure, "interleaved", spent)
+    path = tmp_path / "rows.csv"
+    code, out, err = call("--tokens", "1,5,9", "--csv", path)
+    assert (code, err) == (130, "")
+    assert "interrupted: 1 of 3 rows were measured" in out
+    assert re.search(r"^ *1  +\d", out, re.M) and not re.search(r"^ *9  +\d", out, re.M)
+    assert len(path.read_text().splitlines()) == 2
+    code, out, _ = call("--tokens", "5,9", "--json")
+    assert code == 130 and json.loads(out)["finish"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (0, "0"), (1234.5, "1230"), (99.96, "100"), (12.34, "12.3"), (1.0, "1.00"), (0.01234, "0.0123")],
+)
+def test_figures(value, shown):
+    assert bench_show.figures(value) == shown
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys, monkeypatch, tmp_path):
+    """Replays up to T = 512, events above and for what waits for the device."""
+    path = tmp_path / "rows.csv"
+    arguments = ["bench", "--device", "cuda", "--tokens", "1,64,600", "--repeats", "3", "--csv", str(path), "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in found["rows"]] == ["replay", "replay", "events"]
+    assert [row["torch_method"] for row in found["rows"]] == ["replay", "replay", "events"]
+    assert [row["eager_method"] for row in found["rows"]] == ["events"] * 3
+    assert any(note.startswith("eager waits for the device") for note in found["notes"])
+    assert any("no larger than the cache" in note for note in found["notes"])
+    monkeypatch.setattr(MoE, "forward", lambda self, x: torch.zeros_like(x))
+    assert main(arguments) == 1
+
+
+@pytest.mark.gpu
+def test_ceilings_of_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    at = measure.cuda_ceilings(read_bytes=2**28, matrix_size=1024, repeats=2)
+    assert 1e10 < at.bytes_per_second < 2e13
+    assert 1e11 < at.flops_per_second < 5e15
