@@ -157,7 +157,7 @@ def test_backend_is_the_one_that_computes(generate, monkeypatch, name):
     """Both backends' ops are counted, so a name that is shown but not used would be found out."""
     calls = {"cpu": 0, "torch": 0}
     for backend in calls:
-        ops = {field: getattr(BACKENDS[backend], field) for field in ("moe_ffn", "moe_ffn_from_ids")}
+        ops = {field: getattr(BACKENDS[backend], field) for field in ("moe_ffn", "infer")}
 
         def spy(*args, op, backend=backend):
             calls[backend] += 1

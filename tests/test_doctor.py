@@ -85,6 +85,14 @@ def test_a_wrong_backend_is_found(monkeypatch, name, wrong):
         assert {dtype for _, dtype in failed} == {"float32", "bfloat16", "float16"}
 
 
+def test_a_wrong_inference_is_found(monkeypatch):
+    """What is trained is right here, what is only computed is not."""
+    infer = BACKENDS["cpu"].infer
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], infer=lambda call: infer(call) * 1.1))
+    failed = {(check.backend, check.dtype) for check in doctor.self_test() if not check.ok}
+    assert failed == {("cpu", dtype) for dtype in ("float32", "bfloat16", "float16")}
+
+
 def test_failure_is_told(monkeypatch, capsys):
     break_backend(monkeypatch, "torch", WRONG["zeros"])
     assert main(["doctor"]) == 1

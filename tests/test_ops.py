@@ -119,6 +119,14 @@ class TestOpcheck:
         torch.library.opcheck(OPS.topk_ids.default, (choice, None, k))
         torch.library.opcheck(OPS.topk_ids.default, (choice, choice.roll(1), k))
 
+    @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_moe_ffn_from_ids(self, case, dtype):
+        x, weights, *_, w13, w2, alpha, beta, value, activation = arguments(case, dtype, grad=False)
+        ids = case.inputs().ids_TK
+        args = (x, weights, ids, w13, w2, alpha, beta, value, case.A, activation)
+        torch.library.opcheck(OPS.moe_ffn_from_ids.default, args)
+
     def test_every_op_is_here(self):
         """An op that somebody adds has to be checked too."""
         names = {
@@ -126,7 +134,15 @@ class TestOpcheck:
             for name in torch._C._dispatch_get_all_op_names()
             if name.startswith("zemoe::")
         }
-        tested = {"moe_ffn", "moe_ffn_backward", "grouped_linear", "grouped_outer", "gather_rows", "sum_rows"}
+        tested = {
+            "moe_ffn",
+            "moe_ffn_backward",
+            "moe_ffn_from_ids",
+            "grouped_linear",
+            "grouped_outer",
+            "gather_rows",
+            "sum_rows",
+        }
         tested |= {"plan", "topk_ids"}
         assert names == tested
 

@@ -110,9 +110,12 @@ class _Layer:
         x, w13, w2, weights, *affine = leaves.values()
         how = how | {"num_experts": _E, "zero_expert_kinds": _KINDS, "affine_params": AffineParams(*affine)}
         out = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
+        with torch.no_grad():  # a backend may have a way of its own where nothing is trained
+            untrained = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
         gradients = torch.autograd.grad(out, list(leaves.values()), self.out_gradient.to(out))
         named = zip(leaves, gradients, strict=True)
-        return {"output": out.detach(), **{f"gradient of {name}": gradient for name, gradient in named}}
+        outputs = {"output": out.detach(), "output without gradients": untrained}
+        return outputs | {f"gradient of {name}": gradient for name, gradient in named}
 
 
 def _rms(values: Tensor) -> float:

@@ -184,8 +184,11 @@ def _add_experts(
     act = ACTIVATIONS[activation].forward
     shared = min(shared_rows(w13), shared_rows(w2))
     by_count: dict[int, list[tuple[int, int]]] = {}
+    alone = []
     for e, start, M in experts:
-        if M <= shared:
+        if shared < M:
+            alone.append((e, start, M))
+        else:
             by_count.setdefault(M, []).append((e, start))
     for M, group in by_count.items():
         ids, starts = [e for e, _ in group], torch.tensor([start for _, start in group])
@@ -198,9 +201,7 @@ def _add_experts(
         inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[row_GM].transpose(1, 2))
         out_GHM = products(w2, ids, inner_GIM.transpose(1, 2))
         y_TH.index_add_(0, token, out_GHM.transpose(1, 2).reshape(len(token), -1))
-    for e, start, M in experts:
-        if M <= shared:
-            continue
+    for e, start, M in alone:
         stop = start + padded_rows(M)
         rows_RH = x_TH.index_select(0, token_N[start:stop]).to(dtype)
         both_R2I = product(w13_E[e], rows_RH, M, onednn=w13_E.onednn)

@@ -5,9 +5,12 @@ T tokens, A slots. A slot whose logit is -inf counts as -inf, whatever its value
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+_FEW = 256  # values, up to which Python looks at them faster than torch
 _NEVER = float("-inf")
 
 
@@ -29,6 +32,10 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by torch.topk, with a stable sort for the few rows in which equal values meet; for the host."""
     T, A = choice_TA.shape
+    if T * k <= _FEW:
+        values, ids = choice_TA.topk(min(k + 1, A), dim=-1)
+        if _are_settled(values, None if logits_TA is None else logits_TA.gather(1, ids)):
+            return ids[:, :k].contiguous()
     if logits_TA is not None and T and not logits_TA.amin() > _NEVER:
         choice_TA = torch.where(logits_TA == _NEVER, _NEVER, choice_TA)
     # One more value shows whether the last of the k equals one that is left out. Only where torch.topk would change to
@@ -44,6 +51,16 @@ def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
         tied = equal_T.nonzero().squeeze(1)
         ids[tied] = choice_TA[tied].sort(dim=-1, descending=True, stable=True).indices[:, : ids.shape[1]]
     return ids[:, :k].contiguous()
+
+
+def _are_settled(values_TK: Tensor, logits_TK: Tensor | None) -> bool:
+    """Whether no two neighbours are equal and no slot is masked, in which case nothing else can change the order.
+
+    In Python, where the operators for it would take longer than topk itself.
+    """
+    if logits_TK is not None and any(_NEVER in row for row in logits_TK.tolist()):
+        return False
+    return not any(value == after for row in values_TK.tolist() for value, after in pairwise(row))
 
 
 def _reach(choice_TA: Tensor, values_TK: Tensor) -> Tensor:
