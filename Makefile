@@ -23,7 +23,7 @@ test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
 
 bench: $(READY)
-	$(BIN)/python benchmarks/cpu_layer.py
+	$(BIN)/zemoe bench
 
 check: $(READY)
 	$(BIN)/ruff check .

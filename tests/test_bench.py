@@ -33,11 +33,15 @@ AT = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Two small cases, and a machine whose ceilings are known."""
+    """Two small cases, a machine whose ceilings are known, and one thread: two only wait for each other here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     cases = {"tiny": TINY, "other": replace(TINY, name="other", num_experts=12, devices=())}
     monkeypatch.setattr(bench_layer, "load_cases", lambda: cases)
     for name in ("cpu_ceilings", "cuda_ceilings"):
         monkeypatch.setattr(measure, name, lambda dtype: AT)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -405,7 +409,7 @@ def test_commit(monkeypatch):
 
 def test_plot(call, tmp_path):
     path = tmp_path / "layer.png"
-    assert call("tiny", "other", "--zero-share", "0,0.5", "--plot", path)[0] == 0
+    assert call("tiny", "other", "--baseline", "torch", "--zero-share", "0,0.5", "--plot", path)[0] == 0
     both = path.read_bytes()
     assert both[:8] == b"\x89PNG\r\n\x1a\n" and len(both) > 20_000
     width, height = struct.unpack(">II", both[16:24])

@@ -1,4 +1,4 @@
-"""The built wheel alone, outside of the repository: it has the command and the embedded model with it."""
+"""The built wheel alone, outside of the repository: it has the command, its cases and the embedded model with it."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_the_wheel_generates_text(tmp_path: Path) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
 
     assert Path(run("-c", "import zemoe; print(zemoe.__file__)").strip()).is_relative_to(site)
+    assert "lite, research, flash, first, second" in run("-m", "zemoe", "bench", "--help")
     result = json.loads(run("-m", "zemoe", "generate", "--max-new-tokens", "5", "--seed", "1", "--json"))
     assert len(result["tokens"]) == 5
     assert result["model"].startswith("embedded") or str(site) in result["model"]

@@ -5,6 +5,8 @@ T tokens, H hidden size, A slots, K choices a token, n tokens that are checked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,18 @@ def _rms(values_nH: Tensor) -> Tensor:
     return values_nH.double().square().mean(-1).sqrt()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The products of single tokens are too small for two threads, which on a busy machine only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def expected(layer: MoE, x_TH: Tensor) -> Expected:
     """Up to four tokens of `layer(x_TH)`, the first, the last and random ones; none where no choice is clear.
 

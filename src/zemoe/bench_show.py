@@ -103,6 +103,11 @@ def notes(absent: dict[str, str], rows: list[dict[str, Any]], baselines: list[st
         if "out of memory" in methods:
             tokens = [row["T"] for row, method in zip(rows, methods, strict=True) if method == "out of memory"]
             found.append(f"{name} does not fit into memory at T = {_listed(tokens)}")
+    if any(row["floor_ratio"] < 1 for row in rows):
+        found.append(
+            "some times are below the floor: the machine was busier when its ceilings were measured, or a cache held "
+            "weights"
+        )
     if replayed:
         found.append("T up to 512 are CUDA graph replays, four calls on four inputs each")
     return found

@@ -157,7 +157,7 @@ def _best(call: Callable[[], object], repeats: int) -> float:
 
 
 def cpu_ceilings(
-    dtype: torch.dtype = torch.float32, *, read_bytes: int = 2**28, matrix_size: int = 2048, repeats: int = 5
+    dtype: torch.dtype = torch.float32, *, read_bytes: int = 2**28, matrix_size: int = 2048, repeats: int = 10
 ) -> Ceilings:
     """Measure the ceilings of the CPU with the threads that torch uses now.
 
@@ -170,7 +170,7 @@ def cpu_ceilings(
     if torch.backends.mkldnn.is_available() and dtype == torch.float32:
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     return Ceilings(
-        bytes_per_second=read_bytes / _best(memory.sum, repeats),
+        bytes_per_second=read_bytes / _best(memory.sum, 3 * repeats),
         flops_per_second=2 * matrix_size**3 / min(_best(product, repeats) for product in products),
     )
 
