@@ -22,15 +22,28 @@ MOST_COMPARED = 4096
 # Choices that a program places by comparison, and how many it compares them with at once.
 _PLACED = 32
 _COMPARED = 256
+_COUNTED = 1024
+_COMPARING_WARPS = 4
 # Choices that a program sorts at once, and how many blocks of them there should be at most.
 _FEWEST_SORTED, _MOST_SORTED = 256, 2048
 _BLOCKS = 128
+_SORTING_WARPS = 8
+_BLOCKS_AT_ONCE = 16
 _TILES_OF_A_PROGRAM = 32
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     """P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
     return min(num_experts, num_rows) + num_rows // block_m
+
+
+# triton's own return what its type hints call a constexpr.
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _parts(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 def _entries(kinds: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int, int], ...]:
@@ -167,6 +180,7 @@ def _plan_by_comparison(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -193,7 +207,7 @@ def _plan_by_comparison(
             pid * BLOCK_T, T, E, K, C, KINDS, BLOCK_T, BLOCK_K,
         )  # fmt: skip
     else:
-        rows_e = _count(ids_ptr, 0, N, E, BLOCK_N, BLOCK_E)
+        rows_e = _count(ids_ptr, 0, N, E, COUNTED, BLOCK_E)
         _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid - placing, E, P, BLOCK_M, BLOCK_E, BLOCK_P)
 
 
@@ -347,12 +361,13 @@ def prepare(
     inputs = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
     params = scale_S, None if constant_logits_TC2 is None else constant_logits_TC2.contiguous()
     entries = _entries(kinds)
-    block_k = triton.next_power_of_2(K)
-    block_e = max(triton.next_power_of_2(E), 16)
-    tile_programs = max(triton.cdiv(P, _TILES_OF_A_PROGRAM), 1)
+    block_k = _next_power_of_2(K)
+    block_e = max(_next_power_of_2(E), 16)
+    tile_programs = max(_parts(P, _TILES_OF_A_PROGRAM), 1)
     if most_compared >= N:
+        block_n = max(_next_power_of_2(N), 16)
         block_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
-        _plan_by_comparison[(triton.cdiv(T, block_t) + tile_programs,)](
+        _plan_by_comparison[(_parts(T, block_t) + tile_programs,)](
             *inputs,
             *params,
             *result,
@@ -365,19 +380,20 @@ def prepare(
             BLOCK_M=block_m,
             BLOCK_T=block_t,
             BLOCK_K=block_k,
-            BLOCK_C=triton.next_power_of_2(block_t * K),
-            BLOCK_N=_COMPARED,
+            BLOCK_C=_next_power_of_2(block_t * K),
+            BLOCK_N=min(block_n, _COMPARED),
+            COUNTED=min(block_n, _COUNTED),
             BLOCK_E=block_e,
             BLOCK_P=_TILES_OF_A_PROGRAM,
-            num_warps=4,
+            num_warps=_COMPARING_WARPS,
         )
         return result
 
-    block_n = min(max(triton.next_power_of_2(triton.cdiv(N, blocks)), fewest_sorted), most_sorted)
+    block_n = min(max(_next_power_of_2(_parts(N, blocks)), fewest_sorted), most_sorted)
     block_n = max(block_n, block_k)
     part_t = block_n // K
-    parts = triton.cdiv(triton.cdiv(T, part_t), blocks)
-    B = triton.cdiv(T, part_t * parts)
+    parts = _parts(_parts(T, part_t), blocks)
+    B = _parts(T, part_t * parts)
     rows = torch.empty(B * block_e, dtype=torch.int32, device=device)
     _count_blocks[(B,)](
         *inputs,
@@ -396,7 +412,7 @@ def prepare(
         BLOCK_K=block_k,
         BLOCK_N=block_n,
         BLOCK_E=block_e,
-        num_warps=8,
+        num_warps=_SORTING_WARPS,
     )
     _place_blocks[(B + tile_programs,)](
         inputs[1],
@@ -413,10 +429,10 @@ def prepare(
         K=K,
         PART_T=part_t,
         BLOCK_M=block_m,
-        BLOCK_B=16,
+        BLOCK_B=_BLOCKS_AT_ONCE,
         BLOCK_N=block_n,
         BLOCK_E=block_e,
         BLOCK_P=_TILES_OF_A_PROGRAM,
-        num_warps=8,
+        num_warps=_SORTING_WARPS,
     )
     return result

@@ -23,6 +23,8 @@ _EXP_IS_ZERO = tl.constexpr(-200.0)
 
 _MOST_SLOTS = 1024
 _MOST_CHOICES = 32
+# A row is cut into chunks, so that taking a slot out of it needs a look at one of them only.
+_CHUNK = 256
 # What one warp holds in its registers without spilling.
 _SLOTS_OF_A_WARP = 1024
 
@@ -59,11 +61,25 @@ def _order(value):
 
 
 @triton.jit
-def _take_best(key, slot):
-    """The lowest slot with the largest key, and the keys without it."""
-    best = tl.max(key)
+def _take_best(key, best, slot):
+    """The lowest slot whose key is `best`, and the keys without it."""
     at = tl.min(tl.where(key == best, slot, _NO_SLOT))
     return at, tl.where(slot == at, _TAKEN, key)
+
+
+@triton.jit
+def _limit_to_groups(choice, g, s, topk_group, G: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """`choice` with -inf outside the `topk_group` best of the groups in its rows; equal groups by lower number."""
+    value = tl.max(choice, axis=1, keep_dims=True)
+    if HAS_BIAS:
+        first = tl.min(tl.where(choice == value, s, _NO_SLOT), axis=1, keep_dims=True)
+        value += tl.max(tl.where(s == first, -float("inf"), choice), axis=1, keep_dims=True)
+    key = tl.where(g < G, _order(value), _TAKEN)
+    inside = g < 0
+    for _ in range(topk_group):
+        group, key = _take_best(key, tl.max(key), g)
+        inside = inside | (g == group)
+    return tl.where(inside, choice, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["topk_group", "K"])
@@ -84,6 +100,7 @@ def _route(
     RENORMALIZE: tl.constexpr,
     NULL_RANGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -92,43 +109,60 @@ def _route(
     row_ptr = logits_ptr + t.to(tl.int64) * stride_T
     g = tl.arange(0, BLOCK_G)[:, None]
     s = tl.arange(0, BLOCK_S)[None, :]
-    exists = (g < G) & (s < S)
-    slot = g * S + s
-    logit = tl.load(row_ptr + slot, mask=exists, other=-float("inf"))
 
-    largest = tl.max(logit)
-    is_nan = tl.max((logit != logit).to(tl.int32))
-    lost = (is_nan != 0) | (largest == float("inf")) | (largest == -float("inf"))
+    logits = ()
+    largest = tl.full([BLOCK_G, BLOCK_S], -float("inf"), dtype=tl.float32)
+    is_nan = tl.zeros([BLOCK_G, BLOCK_S], dtype=tl.int32)
+    for i in tl.static_range(CHUNKS):
+        slot = i * BLOCK_S + g * S + s
+        logit = tl.load(row_ptr + slot, mask=(g < G) & (i * BLOCK_S + s < S), other=-float("inf"))
+        largest = tl.maximum(largest, logit)
+        is_nan |= (logit != logit).to(tl.int32)
+        logits = logits + (logit,)
+    largest = tl.max(largest)
+    lost = (tl.max(is_nan) != 0) | (largest == float("inf")) | (largest == -float("inf"))
     largest = tl.where(lost, 0.0, largest)
-    total = 1.0
+    total = 0.0
     if SCORING == "softmax":
-        total = tl.sum(_exp(logit - largest))
+        exponentials = tl.zeros([BLOCK_G, BLOCK_S], dtype=tl.float32)
+        for i in tl.static_range(CHUNKS):
+            exponentials += _exp(logits[i] - largest)
+        total = tl.sum(exponentials)
 
-    choice = _score(logit, largest, total, SCORING)
-    if HAS_BIAS:
-        choice += tl.load(bias_ptr + slot, mask=exists & (slot < bias_length), other=0.0)
-    choice = tl.where(logit == -float("inf"), -float("inf"), choice)
-    choice = tl.where(lost, 0.0, choice)  # then the first K slots
-    if G > 1:
-        choice = tl.where(exists, choice, -float("inf"))
-        value = tl.max(choice, axis=1, keep_dims=True)
+    keys = ()
+    bests = ()
+    for i in tl.static_range(CHUNKS):
+        slot = i * BLOCK_S + g * S + s
+        exists = (g < G) & (i * BLOCK_S + s < S)
+        choice = _score(logits[i], largest, total, SCORING)
         if HAS_BIAS:
-            first = tl.min(tl.where(choice == value, s, _NO_SLOT), axis=1, keep_dims=True)
-            value += tl.max(tl.where(s == first, -float("inf"), choice), axis=1, keep_dims=True)
-        group_key = tl.where(g < G, _order(value), _TAKEN)
-        inside = g < 0
-        for _ in range(topk_group):
-            group, group_key = _take_best(group_key, g)
-            inside = inside | (g == group)
-        choice = tl.where(inside, choice, -float("inf"))
-    key = tl.where(exists, _order(choice), _TAKEN)
-    slot = tl.where(exists, slot, _NO_SLOT)
+            choice += tl.load(bias_ptr + slot, mask=exists & (slot < bias_length), other=0.0)
+        choice = tl.where(logits[i] == -float("inf"), -float("inf"), choice)
+        choice = tl.where(lost, 0.0, choice)  # then the first K slots
+        if G > 1:
+            choice = _limit_to_groups(tl.where(exists, choice, -float("inf")), g, s, topk_group, G, HAS_BIAS)
+        key = tl.where(exists, _order(choice), _TAKEN)
+        keys = keys + (key,)
+        bests = bests + (tl.max(key),)
 
+    # K times the best of all. Only the chunk that it was taken from is looked through.
+    place = tl.where((g < G) & (s < S), g * S + s, _NO_SLOT)
     k = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], dtype=tl.int32)
-    for i in range(K):
-        best, key = _take_best(key, slot)
-        chosen = tl.where(k == i, best, chosen)
+    for n in range(K):
+        best = bests[0]
+        chunk = 0
+        for i in tl.static_range(1, CHUNKS):
+            chunk = tl.where(bests[i] > best, i, chunk)
+            best = tl.maximum(best, bests[i])
+        at = 0
+        for i in tl.static_range(CHUNKS):
+            if chunk == i:
+                at, key = _take_best(keys[i], best, place)
+                keys = keys[:i] + (key,) + keys[i + 1 :]
+                bests = bests[:i] + (tl.max(key),) + bests[i + 1 :]
+                at += i * BLOCK_S
+        chosen = tl.where(k == n, at, chosen)
 
     # Once more from memory: cheaper than to keep and search the row of scores.
     weight = _score(tl.load(row_ptr + chosen), largest, total, SCORING)
@@ -192,7 +226,9 @@ def select_experts(
     if not T:
         return weights_TK, ids_TK
     groups = num_expert_group if num_expert_group is not None else 1
-    block_g, block_s = triton.next_power_of_2(groups), triton.next_power_of_2(A // groups)
+    block_g, block_s, chunks = triton.next_power_of_2(groups), triton.next_power_of_2(A // groups), 1
+    if groups == 1 and A > _CHUNK:
+        block_s, chunks = _CHUNK, triton.cdiv(A, _CHUNK)
     _route[(T,)](
         logits_TA,
         bias,
@@ -210,6 +246,7 @@ def select_experts(
         RENORMALIZE=renormalize,
         NULL_RANGES=null_ranges,
         HAS_BIAS=bias is not None,
+        CHUNKS=chunks,
         BLOCK_G=block_g,
         BLOCK_S=block_s,
         BLOCK_K=triton.next_power_of_2(top_k),
