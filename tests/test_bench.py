@@ -418,6 +418,15 @@ def test_plot(call, tmp_path):
     assert struct.unpack(">I", path.read_bytes()[16:20])[0] < width, "no second panel without a sweep"
 
 
+def test_progress(call, monkeypatch):
+    said, reached = [], []
+    monkeypatch.setattr(bench_show.Progress, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(bench_show.Progress, "reached", lambda self, rows: reached.append(rows))
+    call("--tokens", "1,5", "--zero-share", "0.5")
+    assert said == ["tiny: making the weights", "tiny, T = 1, zero share 0.5", "tiny, T = 5, zero share 0.5"]
+    assert reached == [0.25, 0.5, 0.75, 1, 1, 1.25, 1.5, 1.75, 2, 2]
+
+
 def test_interrupted(call, monkeypatch, tmp_path):
     timed = measure.interleaved
 

@@ -72,6 +72,7 @@ def _measure_case(
     plan: Plan, case: Case, at: measure.Ceilings, progress: bench_show.Progress, rows: list[dict[str, Any]]
 ) -> None:
     """Append the rows of a case to `rows` as they come."""
+    before = len(rows)
     progress.say(f"{case.name}: making the weights")
     layer = bench_layer.build(case, plan.dtype, plan.device)
     built = {"zemoe": layer, **{name: BASELINES[name].build(layer) for name in plan.baselines}}  # type: ignore[misc]
@@ -85,8 +86,10 @@ def _measure_case(
             share = "" if zero_share is None else f", zero share {zero_share:g}"
             progress.say(f"{case.name}, T = {tokens}{share}")
             row = Row(plan, case, layer, dict(built), tokens)
-            seconds = row.seconds(lambda: progress.advance(1 / row.rounds))  # noqa: B023 - called in this iteration
+            done = len(rows) - before
+            seconds = row.seconds(lambda part, done=done: progress.reached(done + part))
             rows.append(row.result(seconds, at, zero_share))
+            progress.reached(done + 1)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:

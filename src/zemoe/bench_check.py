@@ -19,6 +19,8 @@ TOKENS = 4
 _CANDIDATES = 12
 # Of the largest score: a smaller gap between the last choice and the best slot left out is float32's to decide.
 _CLEAR_GAP = 1e-4
+# Of float32: an error of a token's logits moves all of its weights together, so a few tokens say little about its size.
+_ROUTER_ROUNDINGS = 32
 
 
 class Expected(NamedTuple):
@@ -55,8 +57,8 @@ def _one_thread() -> Iterator[None]:
 def expected(layer: MoE, x_TH: Tensor) -> Expected:
     """Up to four tokens of `layer(x_TH)`, the first, the last and random ones; none where no choice is clear.
 
-    Routing in float64 too. Allowed is four times the error that the reference makes in the layer's own dtype, or four
-    roundings where that is more.
+    Routing in float64 too. Allowed is four times the error that the reference makes in the layer's own dtype (with
+    routing in float32), or a number of roundings where that is more.
     """
     config, router = layer.config, layer.router
     T = x_TH.shape[0]
@@ -70,13 +72,18 @@ def expected(layer: MoE, x_TH: Tensor) -> Expected:
         "e_score_correction_bias": router.e_score_correction_bias,
         "routed_scaling_factor": config.routed_scaling_factor,
     }
-    logits = reference.router_logits(
-        x_nH,
-        router.classifier.weight,
-        num_experts=config.num_experts,
-        num_zero_experts=config.num_zero_experts,
-    )
-    selection = reference.select(logits, config.top_k, **rules)
+
+    def selected(x_nH: Tensor, ids_nK: Tensor | None, dtype: torch.dtype) -> reference.Selection:
+        logits_nA = reference.router_logits(
+            x_nH,
+            router.classifier.weight,
+            num_experts=config.num_experts,
+            num_zero_experts=config.num_zero_experts,
+            dtype=dtype,
+        )
+        return reference.select(logits_nA, config.top_k, ids_TK=ids_nK, dtype=dtype, **rules)
+
+    selection = selected(x_nH, None, torch.float64)
     rows = [row for row in range(len(candidates)) if _clear(selection, row, config.top_k)][:TOKENS]
     x_nH, ids_nK = x_nH[rows], selection.topk_ids_TK[rows]
 
@@ -96,12 +103,11 @@ def expected(layer: MoE, x_TH: Tensor) -> Expected:
     if not rows:
         return Expected([], x_nH.double(), 0.0)
     exact_nH = outputs(selection.topk_weights_TK[rows], torch.float64)
-    own_weights = reference.select(
-        logits[rows].float(), config.top_k, ids_TK=ids_nK, dtype=torch.float32, **rules
-    ).topk_weights_TK
+    own_weights = selected(x_nH, ids_nK, torch.float32).topk_weights_TK
     own_error = _rms(outputs(own_weights, x_TH.dtype) - exact_nH).amax().item()
-    rounding = torch.finfo(x_TH.dtype).eps * _rms(exact_nH).amax().item()
-    return Expected([candidates[row] for row in rows], exact_nH, 4 * max(own_error, rounding))
+    size = _rms(exact_nH).amax().item()
+    roundings = max(4 * torch.finfo(x_TH.dtype).eps, _ROUTER_ROUNDINGS * torch.finfo(torch.float32).eps)
+    return Expected([candidates[row] for row in rows], exact_nH, max(4 * own_error, roundings * size))
 
 
 def judge(out_TH: Tensor, wanted: Expected) -> str:

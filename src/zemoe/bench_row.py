@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,8 @@ class Row:
         self.cuda = plan.device.type == "cuda"
         self.replayed = self.cuda and tokens <= MOST_REPLAYED
         self.rounds = plan.repeats + _WARMUP[plan.device.type]
-        count = self.rounds * (CALLS_A_GRAPH if self.replayed else 1)
-        self.inputs = [self._input() for _ in range(count)]
+        calls = self.rounds * (CALLS_A_GRAPH if self.replayed else 1)
+        self.inputs = [self._input() for _ in range(calls)]
         self.what = f"{case.name} at T = {tokens}"
         self.too_large: list[str] = []
         self.methods: dict[str, str] = {}
@@ -96,8 +97,16 @@ class Row:
                 continue
             _judged(name, out_TH, wanted, self.what)
 
-    def seconds(self, after: Callable[[], None]) -> dict[str, list[float]]:
-        """Seconds a call and round of each side, once all of them have passed the check."""
+    def seconds(self, reached: Callable[[float], None]) -> dict[str, list[float]]:
+        """Seconds a call and round of each side, once all of them have passed the check.
+
+        reached: called after each round with the share of them that is done.
+        """
+        turns = count(1)
+
+        def after() -> None:
+            reached(next(turns) / self.rounds)
+
         wanted = self._expected()
         self._check(wanted)
         if not self.cuda:

@@ -54,8 +54,9 @@ class Progress:
         """What is going on now."""
         self._bar.update(self._task, description=text)
 
-    def advance(self, rows: float) -> None:
-        self._bar.advance(self._task, rows)
+    def reached(self, rows: float) -> None:
+        """So many rows are measured."""
+        self._bar.update(self._task, completed=rows)
 
 
 def headline(about: dict[str, Any], dtype: str) -> str:
