@@ -34,12 +34,14 @@ NO_PARAMS = AffineParams()
 class Chosen(NamedTuple):
     """The choices that fell on the slots of one (kind, count) entry of a layer.
 
-    weight_TK: float32, 0 where the choice is another slot's. slot_TK: int64, the expert's index among all of its kind,
-    0 where the choice is another slot's. constant_logits_TC2: W_j x of every constant expert, or None without one.
+    weight_TK: float32, 0 where the choice is another slot's. ids_TK: all choices. first: what to take off an id of these
+    for the expert's index among all of its kind. constant_logits_TC2: W_j x of every constant expert, or None without
+    one.
     """
 
     weight_TK: Tensor
-    slot_TK: Tensor
+    ids_TK: Tensor
+    first: int
     params: AffineParams
     constant_logits_TC2: Tensor | None
 
@@ -58,8 +60,8 @@ def _zero(chosen: Chosen) -> Coefficients:
 
 def _weight_by_expert(chosen: Chosen, experts: int) -> Tensor:
     """[T, experts] weights. A comparison and a sum instead of scatter_add: the order is fixed on every device."""
-    ids = torch.arange(experts, device=chosen.slot_TK.device)
-    return (chosen.weight_TK[:, :, None] * (chosen.slot_TK[:, :, None] == ids)).sum(1)
+    ids = torch.arange(chosen.first, chosen.first + experts, device=chosen.ids_TK.device)
+    return (chosen.weight_TK[:, :, None] * (chosen.ids_TK[:, :, None] == ids)).sum(1)
 
 
 def _scaled_identity(chosen: Chosen) -> Coefficients:
@@ -81,6 +83,17 @@ AFFINE_KINDS: dict[str, Callable[[Chosen], Coefficients]] = {
     "constant": _constant,
     "scaled_identity": _scaled_identity,
 }
+
+# What the fused kernel that prepares a layer calls the kinds (kernels/triton/plan.py). A kind that is not here works
+# too: its rule above is run instead.
+CODES = {"zero": 0, "identity": 1, "scaled_identity": 2, "constant": 3}
+
+
+def kernel_kinds(kinds: ZeroExpertKinds) -> tuple[tuple[int, int], ...] | None:
+    """(code, count) in id order, or None if one of the kinds has no code."""
+    if any(kind not in CODES for kind, _ in kinds):
+        return None
+    return tuple((CODES[kind], count) for kind, count in kinds)
 
 
 def check_kinds(kinds: ZeroExpertKinds) -> None:
@@ -126,7 +139,7 @@ def affine_coefficients(
 
     Differentiable in the weights, the parameters and the constant logits.
     """
-    alpha_T = topk_weights_TK.new_zeros(topk_weights_TK.shape[0])
+    alpha_T: Tensor | None = None
     beta_TC: Tensor | None = None
     first = num_experts
     seen_of_kind: dict[str, int] = {}
@@ -134,11 +147,12 @@ def affine_coefficients(
         mine_TK = (topk_ids_TK >= first) & (topk_ids_TK < first + count)
         offset = seen_of_kind.get(kind, 0)
         weight_TK = torch.where(mine_TK, topk_weights_TK, 0.0)
-        slot_TK = torch.where(mine_TK, topk_ids_TK - (first - offset), 0)
-        alpha, beta = AFFINE_KINDS[kind](Chosen(weight_TK, slot_TK, params, constant_logits_TC2))
-        alpha_T = alpha_T + alpha
+        alpha, beta = AFFINE_KINDS[kind](Chosen(weight_TK, topk_ids_TK, first - offset, params, constant_logits_TC2))
+        alpha_T = alpha if alpha_T is None else alpha_T + alpha
         if beta is not None:
             beta_TC = beta if beta_TC is None else beta_TC + beta
         first += count
         seen_of_kind[kind] = offset + count
+    if alpha_T is None:
+        alpha_T = topk_weights_TK.new_zeros(topk_weights_TK.shape[0])
     return alpha_T, beta_TC

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .affine import AffineParams, affine_coefficients, check_kinds, check_params
+from . import ops, ops_triton
+from .affine import AffineParams, affine_coefficients, check_kinds, check_params, kernel_kinds
 from .config import ZeroExpertKinds, check_count, expand_kinds
 from .plan import RoutingPlan, make_plan
 
@@ -20,44 +21,134 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALL_HIGHER_IDS = 2**31 - 1
 
 
+class Call(NamedTuple):
+    """What a layer computes once it is routed; checked, x [T, H], weights [T, K] in float32 (float64 with float64 x).
+
+    num_slots: A, or None where any id from num_experts on is a slot. kinds: canonical, in id order.
+    constant_logits_TC2: W_j x of the constant experts, or None.
+    """
+
+    x_TH: Tensor
+    weights_TK: Tensor
+    ids_TK: Tensor
+    w13: Tensor
+    w2: Tensor
+    num_experts: int
+    num_slots: int | None
+    kinds: ZeroExpertKinds
+    params: AffineParams
+    constant_logits_TC2: Tensor | None
+    activation: str
+
+
+def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(alpha_T, beta_TC, value_CH) of the zero-computation experts."""
+    alpha_T, beta_TC = affine_coefficients(
+        call.weights_TK,
+        call.ids_TK,
+        num_experts=call.num_experts,
+        kinds=call.kinds,
+        params=call.params,
+        constant_logits_TC2=call.constant_logits_TC2,
+    )
+    # The affine terms carry a lost token: NaN * x is NaN in every column, whatever was chosen.
+    alpha_T = alpha_T.masked_fill(call.x_TH.detach().amax(-1).isnan(), float("nan"))
+    return alpha_T, beta_TC, call.params.constant_value
+
+
+def _infer_cpu(call: Call) -> Tensor:
+    bound = -1 if call.num_slots is None else call.num_slots
+    return ops.moe_ffn_from_ids(
+        call.x_TH, call.weights_TK, call.ids_TK, call.w13, call.w2, *_affine(call), bound, call.activation
+    )
+
+
+def _infer_triton(call: Call) -> Tensor:
+    """Lost tokens are found by the kernels that read x anyway."""
+    T, K = call.ids_TK.shape
+    slots = call.num_slots or call.num_experts
+    block_m = ops_triton.rows_per_tile(T, K, slots)
+    codes = kernel_kinds(call.kinds)
+    *plan, alpha_T, beta_TC = ops_triton.prepare(
+        call.weights_TK,
+        call.ids_TK,
+        num_experts=call.num_experts,
+        num_slots=-1 if call.num_slots is None else call.num_slots,
+        block_m=block_m,
+        kinds=codes or (),
+        scale_S=call.params.scale,
+        constant_logits_TC2=None if codes is None else call.constant_logits_TC2,
+    )
+    if codes is None:  # a kind that the kernel has no code for
+        affine = _affine(call)
+    else:
+        affine = alpha_T, None if call.params.constant_value is None else beta_TC, call.params.constant_value
+    return ops_triton.moe_ffn_tiles(
+        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute `moe_ffn`.
+    """One way to compute a layer.
 
-    name: what `backend=` takes. moe_ffn: the op. devices: device types it runs on, None for all.
-    dtypes: of x and weights. about: one line for people. moe_ffn_from_ids: plan and op in one, where no gradient is
-    wanted, or None.
+    name: what `backend=` takes. about: one line for people. devices: device types it runs on, None for all.
+    dtypes: of x and weights. moe_ffn: the differentiable op over a RoutingPlan, or None. infer: the layer from weights
+    and ids, where no gradient is wanted, or None for a plan and moe_ffn. most_experts: E, or None for any.
+    missing: the package that it needs and that is not installed.
     """
 
     name: str
-    moe_ffn: Callable[..., Tensor]
+    about: str
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
-    about: str
-    moe_ffn_from_ids: Callable[..., Tensor] | None = None
+    moe_ffn: Callable[..., Tensor] | None
+    infer: Callable[[Call], Tensor] | None = None
+    most_experts: int | None = None
+    missing: str | None = None
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(
         name="cpu",
-        moe_ffn=ops.moe_ffn,
+        about="our own dispatch for CPUs",
         devices=("cpu",),
         dtypes=_FLOATS,
-        about="our own dispatch for CPUs",
-        moe_ffn_from_ids=ops.moe_ffn_from_ids,
+        moe_ffn=ops.moe_ffn,
+        infer=_infer_cpu,
+    ),
+    "triton": Backend(
+        name="triton",
+        about="fused kernels for NVIDIA GPUs, inference",
+        devices=("cuda",),
+        dtypes=ops_triton.DTYPES,
+        moe_ffn=None,
+        infer=_infer_triton,
+        most_experts=ops_triton.MOST_SLOTS,
+        missing=None if ops_triton.HAS_TRITON else "triton",
     ),
     "torch": Backend(
         name="torch",
-        moe_ffn=ops.moe_ffn_grouped,
+        about="sort and torch grouped_mm, any device",
         devices=None,
         dtypes=_FLOATS,
-        about="sort and torch grouped_mm, any device",
+        moe_ffn=ops.moe_ffn_grouped,
     ),
 }
 
 
-def resolve_backend(device: torch.device | str, dtype: torch.dtype, name: str | None = None) -> Backend:
+def resolve_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    name: str | None = None,
+    *,
+    gradients: bool = False,
+    num_experts: int = 0,
+) -> Backend:
     """The backend called `name`, or the first of BACKENDS that can work on `device` in `dtype`.
+
+    Args:
+        gradients: it has to be differentiable, over a RoutingPlan. num_experts: E.
 
     Raises:
         ValueError: for an unknown name, or one that cannot work there, with the reason.
@@ -67,10 +158,17 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype, name: str | 
         raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
     reasons = []
     for backend in BACKENDS.values() if name is None else (BACKENDS[name],):
+        needs = f"backend {backend.name!r} needs"
         if backend.devices is not None and device_type not in backend.devices:
-            reasons.append(f"backend {backend.name!r} needs a device of {backend.devices}, got {device_type!r}")
+            reasons.append(f"{needs} a device of {backend.devices}, got {device_type!r}")
         elif dtype not in backend.dtypes:
-            reasons.append(f"backend {backend.name!r} needs a dtype of {backend.dtypes}, got {dtype}")
+            reasons.append(f"{needs} a dtype of {backend.dtypes}, got {dtype}")
+        elif backend.missing is not None:
+            reasons.append(f"{needs} the package {backend.missing}: pip install 'zemoe[{backend.missing}]'")
+        elif backend.most_experts is not None and num_experts > backend.most_experts:
+            reasons.append(f"{needs} num_experts <= {backend.most_experts}, got {num_experts}")
+        elif gradients and backend.moe_ffn is None:
+            reasons.append(f"{needs} torch.no_grad() or inputs without requires_grad: it has no backward pass yet")
         else:
             return backend
     raise ValueError("; ".join(reasons))
@@ -144,7 +242,8 @@ def moe_ffn(
 
     See zemoe.ops.moe_ffn for shapes and dtypes, which are not checked here again.
     """
-    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend)
+    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=True)
+    assert chosen.moe_ffn is not None
     return chosen.moe_ffn(
         x_TH, topk_weights_TK, plan.row_token_N, plan.slot_row_MK, plan.expert_offsets, w13, w2, *affine, activation
     )
@@ -210,18 +309,12 @@ def fused_experts(
         with ops.without_autocast(x_TH.device):
             rows = params.constant_router.to(weights_TK.dtype).flatten(0, 1)
             constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
-    alpha_T, beta_TC = affine_coefficients(
-        weights_TK, topk_ids, num_experts=num_experts, kinds=kinds, params=params, constant_logits_TC2=constant_logits
-    )
-    # The affine terms carry a lost token: NaN * x is NaN in every column, whatever was chosen.
-    alpha_T = alpha_T.masked_fill(x_TH.detach().amax(-1).isnan(), float("nan"))
-    affine = (alpha_T, beta_TC, params.constant_value)
-    from_ids = resolve_backend(x_TH.device, x_TH.dtype, backend).moe_ffn_from_ids
-    differentiable = (x_TH, weights_TK, w13, w2, *affine)
+    call = Call(x_TH, weights_TK, topk_ids, w13, w2, num_experts, num_slots, kinds, params, constant_logits, activation)
+    differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    if from_ids is not None and not trained:
-        bound = -1 if num_slots is None else num_slots
-        return from_ids(x_TH, weights_TK, topk_ids, w13, w2, *affine, bound, activation).view(hidden_states.shape)
+    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
+    if chosen.infer is not None and not trained:
+        return chosen.infer(call).view(hidden_states.shape)
     plan = make_plan(topk_ids, num_experts, num_slots)
-    y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, affine, activation=activation, backend=backend)
+    y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, _affine(call), activation=activation, backend=chosen.name)
     return y_TH.view(hidden_states.shape)

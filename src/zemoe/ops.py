@@ -21,16 +21,18 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """The context in which a float32 product stays one; the meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # torch.autocast takes as long to enter as a few operators
+    return torch.autocast(device.type, enabled=False)
 
 
-def _define(schema: str) -> None:
+def define(schema: str) -> None:
     _LIBRARY.define(schema, tags=_TAGS)
 
 
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
-_define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor")
+define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor")
 torch.library.impl("zemoe::topk_ids", "CPU", topk.by_repair)
 torch.library.impl("zemoe::topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
 
@@ -51,7 +53,7 @@ def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
 
 # --- plan: rows sorted by expert ---
 
-_define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
+define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
 torch.library.impl("zemoe::plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
 
 
@@ -79,11 +81,11 @@ def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor,
 
 # --- moe_ffn: x and weights to weighted sums, in one differentiable op ---
 
-_define(
+define(
     "moe_ffn(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor w13, "
     "Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)"
 )
-_define(
+define(
     "moe_ffn_backward(Tensor grad, Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, "
     "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, Tensor preact, str activation, bool[7] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -178,7 +180,7 @@ def moe_ffn(
 
 # --- moe_ffn_from_ids: plan and moe_ffn in one, without gradients ---
 
-_define(
+define(
     "moe_ffn_from_ids(Tensor x, Tensor weights, Tensor topk_ids, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, "
     "Tensor? value, int num_slots, str activation) -> Tensor"
 )
@@ -210,8 +212,8 @@ def moe_ffn_from_ids(
 
 # --- gather_rows, sum_rows, grouped_linear, grouped_outer: what the `torch` backend is made of ---
 
-_define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
-_define("sum_rows(Tensor rows, Tensor slot_row, Tensor row_token) -> Tensor")
+define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
+define("sum_rows(Tensor rows, Tensor slot_row, Tensor row_token) -> Tensor")
 torch.library.impl("zemoe::gather_rows", "CompositeExplicitAutograd", grouped.gather_rows)
 torch.library.impl("zemoe::sum_rows", "CompositeExplicitAutograd", grouped.sum_rows)
 
@@ -245,8 +247,8 @@ def _sum_rows_autograd(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
 torch.library.register_autograd("zemoe::gather_rows", _gather_rows_autograd, setup_context=_save_indices)
 torch.library.register_autograd("zemoe::sum_rows", _sum_rows_autograd, setup_context=_save_indices)
 
-_define("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets) -> Tensor")
-_define("grouped_outer(Tensor left, Tensor right, Tensor expert_offsets) -> Tensor")
+define("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets) -> Tensor")
+define("grouped_outer(Tensor left, Tensor right, Tensor expert_offsets) -> Tensor")
 torch.library.impl("zemoe::grouped_linear", "CompositeExplicitAutograd", grouped.linear)
 torch.library.impl("zemoe::grouped_outer", "CompositeExplicitAutograd", grouped.outer)
 

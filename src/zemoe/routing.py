@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, ops_triton
 from .config import MoEConfig, ZeroExpertKinds, check_count, check_groups, expand_kinds, renormalize_mode
 
 
@@ -71,13 +71,18 @@ def check_scoring(scoring_func: str) -> None:
         raise ValueError(f"scoring_func must be one of {sorted(SCORES)}, got {scoring_func!r}")
 
 
-def _slot_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
-    """The selection bias over all A slots; zero-computation slots of a bias of length E get 0."""
+def _checked_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
+    """The selection bias in float32, of length A or E."""
     if bias.ndim != 1 or bias.shape[0] not in (num_experts, num_slots):
         raise ValueError(
             f"e_score_correction_bias must have shape ({num_slots},) or ({num_experts},), got {tuple(bias.shape)}"
         )
-    bias = bias.detach().float()
+    return bias.detach().float()
+
+
+def _slot_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
+    """The selection bias over all A slots; zero-computation slots of a bias of length E get 0."""
+    bias = _checked_bias(bias, num_experts, num_slots)
     return bias if bias.shape[0] == num_slots else F.pad(bias, (0, num_slots - bias.shape[0]))
 
 
@@ -89,6 +94,16 @@ def _limit_to_groups(choice_TA: Tensor, num_expert_group: int, topk_group: int, 
     return choice_TGS.masked_fill(~best_TG[:, :, None], float("-inf")).view(T, A)
 
 
+def _null_ranges(kinds: ZeroExpertKinds, num_experts: int) -> list[tuple[int, int]]:
+    """(first, stop) of the slots of kind zero."""
+    ranges, first = [], num_experts
+    for kind, count in kinds:
+        if kind == "zero":
+            ranges.append((first, first + count))
+        first += count
+    return ranges
+
+
 def _renormalize(weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int, kinds: ZeroExpertKinds) -> Tensor:
     if mode == "none":
         return weights_TK
@@ -96,11 +111,8 @@ def _renormalize(weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int
     if mode == "real":
         weights_TK = weights_TK * (ids_TK < num_experts)
     elif mode == "nonnull":
-        first = num_experts
-        for kind, count in kinds:
-            if kind == "zero":
-                weights_TK = weights_TK * ((ids_TK < first) | (ids_TK >= first + count))
-            first += count
+        for first, stop in _null_ranges(kinds, num_experts):
+            weights_TK = weights_TK * ((ids_TK < first) | (ids_TK >= stop))
     total_T1 = weights_TK.sum(-1, keepdim=True)
     return weights_TK / torch.where(total_T1 == 0, 1.0, total_T1)
 
@@ -159,19 +171,41 @@ def select_experts(
     check_groups(num_expert_group, topk_group, num_slots, top_k, e_score_correction_bias is not None)
 
     logits_TA = logits_TA.float()
+    bias = e_score_correction_bias
+    small = num_slots <= ops_triton.MOST_SLOTS and top_k <= ops_triton.MOST_CHOICES
+    if small and scoring_func in ops_triton.SCORES and ops_triton.can_run(logits_TA):
+        return ops_triton.select_experts(
+            logits_TA,
+            None if bias is None else _checked_bias(bias, num_experts, num_slots),
+            top_k,
+            num_experts=num_experts,
+            scoring=scoring_func,
+            renormalize=mode,
+            scaling=routed_scaling_factor,
+            num_expert_group=num_expert_group,
+            topk_group=topk_group,
+            null_ranges=_null_ranges(kinds, num_experts),
+        )
     scores_TA = SCORES[scoring_func](logits_TA)
-    with torch.no_grad():
-        choice_TA = scores_TA.detach()
-        if e_score_correction_bias is not None:
-            choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
-        if num_expert_group is not None and topk_group is not None:
-            choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
-            choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
-        ids_TK = ops.topk_ids(choice_TA, logits_TA.detach(), top_k)
+    choice_TA = scores_TA.detach()
+    if e_score_correction_bias is not None:
+        choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
+    if num_expert_group is not None and topk_group is not None:
+        choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
+        choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
+    ids_TK = ops.topk_ids(choice_TA, logits_TA.detach(), top_k)
     weights_TK = _renormalize(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, kinds)
     if routed_scaling_factor != 1.0:
         weights_TK = weights_TK * routed_scaling_factor
     return weights_TK, ids_TK
+
+
+def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
+    """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast."""
+    if x_TH.dtype in ops_triton.DTYPES and weight_RH.dtype == torch.float32 and ops_triton.can_run(x_TH, weight_RH):
+        return ops_triton.router_logits(x_TH, weight_RH)
+    with ops.without_autocast(x_TH.device):
+        return F.linear(x_TH.float(), weight_RH.float())
 
 
 class RoutingModule(nn.Module):
@@ -229,7 +263,7 @@ class Router(nn.Module):
         if extra_RH is not None:
             weight = torch.cat([weight, extra_RH.float()])
         with ops.without_autocast(x_TH.device):
-            product = F.linear(x_TH.float(), weight)
+            product = router_logits(x_TH, weight)
             logits, extra = product[:, :rows], product[:, rows:]
             if bias is not None:
                 logits = logits + bias.float()

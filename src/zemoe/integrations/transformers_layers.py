@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
@@ -25,8 +24,7 @@ except ImportError as error:
 from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts
-from ..ops import without_autocast
-from ..routing import Routing, RoutingModule, select_experts
+from ..routing import Routing, RoutingModule, router_logits, select_experts
 
 StockExperts = modeling.LongcatFlashExperts
 StockMoE = modeling.LongcatFlashMoE
@@ -81,9 +79,7 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
-        with without_autocast(hidden_states.device):
-            x_TH = hidden_states.reshape(-1, self.hidden_dim).float()
-            logits_TA = F.linear(x_TH, self.classifier.weight.float())
+        logits_TA = router_logits(hidden_states.reshape(-1, self.hidden_dim), self.classifier.weight)
         weights_TK, ids_TK = select_experts(
             logits_TA,
             self.top_k,

@@ -6,8 +6,6 @@ BLOCK_M rows of one expert, see `plan.py`; all grids come from static bounds, an
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,6 +41,20 @@ def _rows_of(matrix, row, k, width, rows_left, BLOCK_N: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
+def _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """[2 BLOCK_N, BLOCK_K]: gate rows, then the up rows that belong to them, so that one product makes both."""
+    if TMA:
+        return w13.load([2 * expert, column, k]).reshape([2 * BLOCK_N, BLOCK_K])
+    else:
+        n = tl.arange(0, 2 * BLOCK_N)
+        column_N = column + n % BLOCK_N
+        row_N = (2 * expert + n // BLOCK_N).to(tl.int64) * I + column_N
+        columns = k + tl.arange(0, BLOCK_K)
+        mask = (column_N < I)[:, None] & (columns < H)[None, :]
+        return tl.load(w13 + row_N[:, None] * H + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _gate_up(
     x,
     row_token,
@@ -69,17 +81,16 @@ def _gate_up(
         in_expert_M = row_M < tl.load(offsets + expert + 1)
         token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
         x_M = x + token_M.to(tl.int64) * stride_x
-        gate_row = expert * (2 * I) + column
-        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
         for k in range(0, H, BLOCK_K):
             columns = k + tl.arange(0, BLOCK_K)
-            if H % BLOCK_K == 0:
-                a = tl.load(x_M[:, None] + columns[None, :])
-            else:
-                a = tl.load(x_M[:, None] + columns[None, :], mask=(columns < H)[None, :], other=0.0)
-            gate = tl.dot(a, _rows_of(w13, gate_row, k, H, I - column, BLOCK_N, BLOCK_K, TMA).T, gate)
-            up = tl.dot(a, _rows_of(w13, gate_row + I, k, H, I - column, BLOCK_N, BLOCK_K, TMA).T, up)
+            mask = in_expert_M[:, None]
+            if H % BLOCK_K != 0:
+                mask = mask & (columns < H)[None, :]
+            x_MK = tl.load(x_M[:, None] + columns[None, :], mask=mask, other=0.0)
+            w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
+            acc = tl.dot(x_MK, w_NK.T, acc)
+        gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
         out = (_activate(gate, ACTIVATION) * up).to(inner.dtype.element_ty)
         column_N = column + tl.arange(0, BLOCK_N)
         mask = in_expert_M[:, None] & (column_N < I)[None, :]
@@ -191,10 +202,8 @@ def _down_one(
     tl.store(out + column_N, y_N.to(out.dtype.element_ty), mask=in_out)
 
 
-def _rows(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
-    """What a kernel gets for a matrix with contiguous rows: a descriptor of [block] tiles, or the tensor itself."""
-    rows = matrix.reshape(-1, matrix.shape[-1])
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block)) if tma else rows
+def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def gate_up(
@@ -210,7 +219,7 @@ def gate_up(
         row_token_N,
         offsets,
         tiles,
-        _rows(w13, (how.block_n, how.block_k), how.tma),
+        _descriptor(w13.view(2 * E, I, H), (2, how.block_n, how.block_k)) if how.tma else w13,
         inner_NI,
         x_TH.stride(0),
         H,
@@ -232,10 +241,10 @@ def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Prod
     out_NH = inner_NI.new_empty((N, H))
     grid = (how.programs((tiles.shape[0] - 1) * triton.cdiv(H, how.block_n)),)
     _down[grid](
-        _rows(inner_NI, (how.block_m, how.block_k), how.tma),
+        _descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
         offsets,
         tiles,
-        _rows(w2, (how.block_n, how.block_k), how.tma),
+        _descriptor(w2.view(-1, I), (how.block_n, how.block_k)) if how.tma else w2,
         out_NH,
         N,
         H,
@@ -308,6 +317,12 @@ def moe_ffn(
     how: Schedule,
 ) -> Tensor:
     """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn."""
+    if not len(x_TH):
+        return x_TH.new_empty(x_TH.shape)
+    x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
+    w13, w2, weights_TK = w13.contiguous(), w2.contiguous(), weights_TK.contiguous()
+    if not w13.numel():  # no FFN experts: no choice has a row, and nobody reads what stands for them
+        return combine(x_TH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     if how.block_m == 1:
         return one_token(x_TH, weights_TK, slot_row_TK, tiles, w13, w2, affine, activation, how)
     inner_NI = gate_up(x_TH, row_token_N, offsets, tiles, w13, activation, how.gate_up)

@@ -1,4 +1,4 @@
-"""Tile sizes, from the shape and the device. See docs/gpu.md for the measurements behind each choice.
+"""Tile sizes, computed from shape and device. docs/gpu.md has the measurements behind each choice. Needs no triton.
 
 T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Product:
-    """How one of the two products runs.
+    """How one of the two products runs: block_m rows by block_n columns (GEMM1: of gate and of up each) by block_k.
 
-    block_m rows by block_n columns (of gate and of up each, in GEMM1) by block_k. processors: None for one program a
-    tile, else the number of persistent programs.
+    tma: weights come by tensor descriptor. processors: None for one program a tile, else the number of persistent
+    programs; flatten: their loops over tiles and over k are one pipeline.
     """
 
     block_m: int
@@ -38,3 +41,53 @@ class Schedule:
     gate_up: Product
     down: Product
     block_h: int
+
+
+def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
+    """block_m: enough rows that nearly every expert needs one tile while weights are what takes time, at most 128."""
+    if num_tokens == 1:
+        return 1
+    rows = num_tokens * top_k / max(num_slots, 1)  # of an expert, if all slots were chosen alike
+    for block_m, most in ((16, 12), (32, 26), (64, 56)):
+        if rows <= most:
+            return block_m
+    return 128
+
+
+def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor) -> Schedule:
+    """The Schedule of a layer with tiles of block_m rows and weights w13 [E, 2I, H] on a CUDA device."""
+    E, two_i, H = w13.shape
+    I = two_i // 2
+    device = torch.cuda.get_device_properties(w13.device)
+    # A descriptor's rows must be multiples of 16 bytes and start at one.
+    tma = device.major >= 9 and H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0
+    block_h = min(_power_of_2(H), 8192)
+    if block_m == 1:
+        # Dot products of a few rows: enough programs, each with enough loads in flight.
+        gate_up = Product(1, 2, min(_power_of_2(H), 2048), 8, 1, False)
+        return Schedule(1, gate_up, Product(1, 4, min(_power_of_2(I), 512), 2, 1, False), block_h)
+    if not tma:
+        product = Product(block_m, 64, 64, 4 if block_m < 128 else 8, 3, False)
+        return Schedule(block_m, product, product, block_h)
+    if block_m == 16:
+        product = Product(16, 32, 256, 4, 3, True)
+        return Schedule(16, product, product, block_h)
+    if block_m == 32:
+        product = Product(32, 64, 128, 4, 3, True)
+        return Schedule(32, product, product, block_h)
+    if block_m == 64:
+        return Schedule(64, Product(64, 64, 128, 4, 3, True), Product(64, 128, 128, 4, 2, True), block_h)
+    gate_up = Product(128, 128, 64, 8, 4, True)
+    rows = num_tokens * top_k / E  # of an expert, if no choice were a zero-computation expert
+    if rows <= 128:  # one tile an expert: reading weights takes the time
+        down = Product(128, 128, 128, 8, 3, True)
+    elif rows <= 320:
+        down = Product(128, 256, 64, 8, 4, True)
+    else:
+        down = Product(128, 256, 64, 8, 4, True, device.multi_processor_count, True)
+    return Schedule(128, gate_up, down, block_h)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of 2 that is no smaller than n, at least 16."""
+    return max(16, 1 << (n - 1).bit_length())

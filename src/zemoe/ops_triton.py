@@ -1,0 +1,221 @@
+"""The operators of the `triton` backend: on CUDA devices only, without gradients. Kernels are imported when first called.
+
+T tokens, H hidden size, E FFN experts, A slots, K choices, N = T * K row bound, P tile bound, C constant experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .kernels.triton import tiles as tile_sizes
+from .ops import define
+
+HAS_TRITON = find_spec("triton") is not None
+MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts and prepare can hold
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+DTYPES = (torch.bfloat16, torch.float16)
+
+rows_per_tile = tile_sizes.rows_per_tile
+
+
+def can_run(*tensors: Tensor | None) -> bool:
+    """Whether these operators may take the tensors: on a CUDA device, with triton, and no gradient is asked for."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not HAS_TRITON or any(tensor.device.type != "cuda" for tensor in given):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+def _pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    return [number for pair in pairs for number in pair]
+
+
+# --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
+
+define("router_logits(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("zemoe::router_logits", "CUDA")
+def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
+    from .kernels.triton.router import router_logits
+
+    return router_logits(*(tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, weight)))
+
+
+@torch.library.register_fake("zemoe::router_logits")
+def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
+    """[T, R] float32: x times the transposed float32 weight, as exact as in float32, on tensor cores."""
+    return torch.ops.zemoe.router_logits(x_TH, weight_RH)
+
+
+# --- select_experts: the weights and ids of the K best slots ---
+
+define(
+    "select_experts(Tensor logits, Tensor? bias, int k, int num_experts, str scoring, str renormalize, float scaling, "
+    "int num_expert_group, int topk_group, int[] null_ranges) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl("zemoe::select_experts", "CUDA")
+def _select_experts_cuda(
+    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
+) -> tuple[Tensor, Tensor]:
+    from .kernels.triton.route import select_experts
+
+    return select_experts(
+        logits,
+        k,
+        num_experts=num_experts,
+        scoring=scoring,
+        renormalize=renormalize,
+        bias=bias,
+        scaling=scaling,
+        num_expert_group=num_expert_group or None,
+        topk_group=topk_group or None,
+        null_ranges=_pairs(null_ranges),
+    )
+
+
+@torch.library.register_fake("zemoe::select_experts")
+def _select_experts_fake(
+    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
+) -> tuple[Tensor, Tensor]:
+    T = logits.shape[0]
+    return logits.new_empty((T, k)), logits.new_empty((T, k), dtype=torch.int64)
+
+
+def select_experts(
+    logits_TA: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    num_experts: int,
+    scoring: str,
+    renormalize: str,
+    scaling: float,
+    num_expert_group: int | None,
+    topk_group: int | None,
+    null_ranges: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """(weights [T, k] float32, ids [T, k] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
+
+    bias: float32, of the first slots. null_ranges: (first, stop) of the slots of kind zero, for "nonnull".
+    """
+    groups = num_expert_group or 0, topk_group or 0
+    return torch.ops.zemoe.select_experts(
+        logits_TA, bias, k, num_experts, scoring, renormalize, scaling, *groups, _flat(null_ranges)
+    )
+
+
+# --- prepare: the plan and the affine coefficients ---
+
+define(
+    "prepare(Tensor weights, Tensor topk_ids, int num_experts, int num_slots, int block_m, int[] kinds, Tensor? scale, "
+    "Tensor? constant_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl("zemoe::prepare", "CUDA")
+def _prepare_cuda(
+    weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
+) -> tuple[Tensor, ...]:
+    from .kernels.triton.plan import prepare
+
+    *made, beta = prepare(
+        weights,
+        topk_ids,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        block_m=block_m,
+        kinds=_pairs(kinds),
+        scale_S=scale,
+        constant_logits_TC2=constant_logits,
+    )
+    return (*made, weights.new_empty((len(weights), 0)) if beta is None else beta)
+
+
+@torch.library.register_fake("zemoe::prepare")
+def _prepare_fake(
+    weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
+) -> tuple[Tensor, ...]:
+    T, K = topk_ids.shape
+    N = T * K
+    P = min(num_experts, N) + N // block_m
+    C = 0 if constant_logits is None else constant_logits.shape[1]
+    integers = (topk_ids.new_empty(size, dtype=torch.int32) for size in (N, (T, K), num_experts + 1, (P + 1, 2)))
+    return (*integers, weights.new_empty(T), weights.new_empty((T, C)))
+
+
+def prepare(
+    weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    *,
+    num_experts: int,
+    num_slots: int,
+    block_m: int,
+    kinds: Sequence[tuple[int, int]],
+    scale_S: Tensor | None,
+    constant_logits_TC2: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC): see zemoe.plan and zemoe.affine.
+
+    kinds: (code of zemoe.affine.CODES, count) in id order. tiles: [P + 1, 2], the number of tiles, then expert and
+    first row of each. Integers are int32; beta is [T, 0] without constant experts.
+    """
+    return torch.ops.zemoe.prepare(
+        weights_TK, topk_ids_TK, num_experts, num_slots, block_m, _flat(kinds), scale_S, constant_logits_TC2
+    )
+
+
+# --- moe_ffn_tiles: x and weights to weighted sums, over the tiles of `prepare` ---
+
+define(
+    "moe_ffn_tiles(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor tiles, "
+    "int block_m, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation) -> Tensor"
+)
+
+
+@torch.library.impl("zemoe::moe_ffn_tiles", "CUDA")
+def _moe_ffn_tiles_cuda(
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
+) -> Tensor:
+    from .kernels.triton.forward import moe_ffn
+
+    how = tile_sizes.schedule(block_m, *slot_row.shape, w13)
+    return moe_ffn(x, weights, row_token, slot_row, offsets, tiles, w13, w2, (alpha, beta, value), activation, how)
+
+
+@torch.library.register_fake("zemoe::moe_ffn_tiles")
+def _moe_ffn_tiles_fake(
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def moe_ffn_tiles(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    plan: Sequence[Tensor],
+    block_m: int,
+    w13: Tensor,
+    w2: Tensor,
+    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    activation: str,
+) -> Tensor:
+    """zemoe.ops.moe_ffn for bfloat16 and float16, without gradients.
+
+    plan: the first four of what `prepare` made with the same block_m.
+    """
+    return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation)
