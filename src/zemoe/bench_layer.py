@@ -136,8 +136,8 @@ def steer(layer: MoE, zero_share: float | None, skew: float | None) -> None:
 
     for _ in range(1 if skew is None or zero_share is None else 8):  # each of the two moves the other
         if zero_share is not None:
-            # At the ends exactly: what these tokens do by a hair others may not.
-            bias[E:] = -_ALWAYS if zero_share == 0 else _ALWAYS if zero_share == 1 else _least(enough_zero)
+            # All of them: what these tokens do by a hair others may not.
+            bias[E:] = _ALWAYS if zero_share == 1 else _least(enough_zero)
         if skew is not None:
             bias[0] = _least(enough_skew)
         if zero_share is not None and abs(shares(chosen(), E).zero - zero_share) < _NEAR / 8:

@@ -180,7 +180,7 @@ class Row:
             "Z": case.num_zero_experts,
             "K": case.top_k,
             "dtype": str(self.plan.dtype).removeprefix("torch."),
-            "backend": resolve_backend(self.plan.device, self.plan.dtype).name,
+            "backend": resolve_backend(self.plan.device, self.plan.dtype, num_experts=case.num_experts).name,
             "T": self.tokens,
             "zero_share_asked": zero_share,
             "zero_share": work.zero_share,
