@@ -18,9 +18,11 @@ test: $(READY) test-oldest
 test-oldest: $(READY) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_checkpoint.py
 
-# Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours.
+# Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
+# a file: most of the time goes to compiling kernels.
+GPU_TESTS := $(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py)
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
+	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P 8 -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
 
 bench: $(READY)
 	$(BIN)/zemoe bench
