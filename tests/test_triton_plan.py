@@ -18,11 +18,11 @@ pytestmark = [
 
 NAMES = {ZERO: "zero", IDENTITY: "identity", SCALED: "scaled_identity", CONSTANT: "constant"}
 CODES = {name: code for code, name in NAMES.items()} | {"copy": IDENTITY}
-# One launch; two, with one part a block; two, with several parts a block.
+# One launch; two, with a block for every part; two, with few blocks of many parts.
 WAYS = {
     "one": {"most_compared": 10**9},
-    "two": {"most_compared": 0, "fewest_sorted": 16, "blocks": 10**9},
-    "parts": {"most_compared": 0, "fewest_sorted": 16, "blocks": 2, "most_sorted": 16},
+    "two": {"most_compared": 0, "part": 16},
+    "parts": {"most_compared": 0, "part": 16, "most_blocks": 2},
 }
 pytest_ways = pytest.mark.parametrize("way", WAYS)
 

@@ -1,8 +1,8 @@
 """The plan of a layer on the device: rows by expert, tiles of rows, and what the zero-computation experts add.
 
-Few choices: one launch. A choice's row is the number of choices that come before it by (expert, index), and counting
-them costs less than sorting while there are few. Many choices: two launches. The first counts the choices of each
-expert in each block; the second adds up the blocks before its own and sorts its own.
+The row of a choice is the number of choices that come before it by (expert, index). Few choices: one launch, in which
+each program compares its own choices with all others. Many choices: two launches. The first counts the choices of each
+expert in each block; in the second each program adds up the blocks before its own and compares only within parts of it.
 
 Legend: T tokens, K choices a token, N = T * K choices and row bound, E FFN experts, C constant experts, B blocks of
 choices, P tile bound. A choice without a row (a zero-computation expert, -1, any other id) counts to "expert" E.
@@ -18,18 +18,22 @@ from torch import Tensor
 ZERO, IDENTITY, SCALED, CONSTANT = range(4)
 
 # Above this many choices two launches are faster than one.
-MOST_COMPARED = 4096
-# Choices that a program places by comparison, and how many it compares them with at once.
-_PLACED = 32
+MOST_COMPARED = 2048
+# One launch: choices that a program places, how many it compares them with at once, tiles of a program.
+_PLACED = 16
 _COMPARED = 256
 _COUNTED = 1024
+_TILES_OF_A_PROGRAM = 16
 _COMPARING_WARPS = 4
-# Choices that a program sorts at once, and how many blocks of them there should be at most.
-_FEWEST_SORTED, _MOST_SORTED = 256, 2048
+# Two launches: blocks at most, choices of a part, and how many values of the blocks' counts are added up at once.
 _BLOCKS = 128
-_SORTING_WARPS = 8
-_BLOCKS_AT_ONCE = 16
-_TILES_OF_A_PROGRAM = 32
+_PART = 128
+_COUNTED_OF_A_BLOCK = 2048
+_ADDED = 16384
+_TILE_PROGRAMS = 16
+_TILES_AT_ONCE = 32
+_BLOCK_WARPS = 8
+_AFFINE_TOKENS = 64
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
@@ -121,29 +125,33 @@ def _write_schedule(
     rows_e,
     offsets_ptr,
     tiles_ptr,
-    part,
+    program,
+    programs,
     E,
     P,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """BLOCK_P tiles; with part 0 the offsets and the number of tiles as well. rows_e: rows of each expert."""
+    """A share of the tiles; program 0 writes the offsets and the number of tiles as well. rows_e: an expert's rows."""
     e = tl.arange(0, BLOCK_E)
-    stop_e = tl.cumsum(rows_e)
     tiles_e = (rows_e + BLOCK_M - 1) // BLOCK_M
-    last_e = tl.cumsum(tiles_e)
-    if part == 0:
+    both_e = tl.cumsum((rows_e.to(tl.int64) << 32) | tiles_e)  # one scan for two
+    stop_e = (both_e >> 32).to(tl.int32)
+    last_e = both_e.to(tl.int32)
+    if program == 0:
         tl.store(offsets_ptr, 0)
         tl.store(offsets_ptr + 1 + e, stop_e, mask=e < E)
         tl.store(tiles_ptr, tl.sum(tiles_e))
         tl.store(tiles_ptr + 1, 0)
-    p = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    expert = tl.sum((last_e[None, :] <= p[:, None]).to(tl.int32), axis=1)
-    used = expert < BLOCK_E
-    row = tl.gather(stop_e - rows_e - (last_e - tiles_e) * BLOCK_M, tl.where(used, expert, 0), 0) + p * BLOCK_M
-    tl.store(tiles_ptr + 2 + 2 * p, tl.where(used, expert, -1), mask=p < P)
-    tl.store(tiles_ptr + 3 + 2 * p, tl.where(used, row, 0), mask=p < P)
+    row_e = stop_e - rows_e - (last_e - tiles_e) * BLOCK_M  # where tile 0 would begin
+    for first in range(program * BLOCK_P, P, programs * BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        expert = tl.sum((last_e[None, :] <= p[:, None]).to(tl.int32), axis=1)
+        used = expert < BLOCK_E
+        row = tl.gather(row_e, tl.where(used, expert, 0), 0) + p * BLOCK_M
+        tl.store(tiles_ptr + 2 + 2 * p, tl.where(used, expert, -1), mask=p < P)
+        tl.store(tiles_ptr + 3 + 2 * p, tl.where(used, row, 0), mask=p < P)
 
 
 @triton.jit
@@ -157,8 +165,8 @@ def _count(ids_ptr, start, stop, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
     return rows_e
 
 
-@triton.jit(do_not_specialize=["T", "P"])
-def _plan_by_comparison(
+@triton.jit(do_not_specialize=["T", "P", "tile_programs", "place_programs"])
+def _plan_few(
     weights_ptr,
     ids_ptr,
     scale_ptr,
@@ -172,25 +180,32 @@ def _plan_by_comparison(
     T,
     E,
     P,
+    tile_programs,
+    place_programs,
     K: tl.constexpr,
     C: tl.constexpr,
     KINDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    PLACED_T: tl.constexpr,
+    AFFINE_T: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    COUNTED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Programs that place BLOCK_T tokens each, then programs that write BLOCK_P tiles each."""
+    """Programs that write BLOCK_P tiles each (the slowest), that place PLACED_T tokens, that do alpha and beta."""
     N = T * K
-    placing = tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0)
-    if pid < placing:
-        c = pid * BLOCK_T * K + tl.arange(0, BLOCK_C)
-        exists = (c < (pid + 1) * BLOCK_T * K) & (c < N)
+    if pid < tile_programs:
+        rows_e = _count(ids_ptr, 0, N, E, COUNTED, BLOCK_E)
+        _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid, tile_programs, E, P, BLOCK_M, BLOCK_E, BLOCK_P)
+    elif pid < tile_programs + place_programs:
+        start = (pid - tile_programs) * PLACED_T * K
+        place = tl.arange(0, BLOCK_C)
+        c = start + place
+        exists = (place < PLACED_T * K) & (c < N)
         expert = _expert(tl.load(ids_ptr + c, mask=exists, other=-1), exists, E)
         key = expert * N + c
         before = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.int32)
@@ -202,16 +217,14 @@ def _plan_by_comparison(
         # Choices without a row come last in this order: they fill the rows that belong to nobody.
         tl.store(row_token_ptr + row, tl.where(expert < E, c // K, 0), mask=exists)
         tl.store(slot_row_ptr + c, tl.where(expert < E, row, -1), mask=exists)
+    else:
         _affine(
             weights_ptr, ids_ptr, scale_ptr, constant_ptr, alpha_ptr, beta_ptr,
-            pid * BLOCK_T, T, E, K, C, KINDS, BLOCK_T, BLOCK_K,
+            (pid - tile_programs - place_programs) * AFFINE_T, T, E, K, C, KINDS, AFFINE_T, BLOCK_K,
         )  # fmt: skip
-    else:
-        rows_e = _count(ids_ptr, 0, N, E, COUNTED, BLOCK_E)
-        _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid - placing, E, P, BLOCK_M, BLOCK_E, BLOCK_P)
 
 
-@triton.jit(do_not_specialize=["T", "parts"])
+@triton.jit(do_not_specialize=["T", "B", "block_t"])
 def _count_blocks(
     weights_ptr,
     ids_ptr,
@@ -222,30 +235,30 @@ def _count_blocks(
     beta_ptr,
     T,
     E,
-    parts,
+    B,
+    block_t,
     K: tl.constexpr,
     C: tl.constexpr,
     KINDS: tl.constexpr,
-    PART_T: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    AFFINE_T: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """rows [B, BLOCK_E]: each expert's rows in each block; alpha and beta of the block's tokens."""
-    b = tl.program_id(0)
-    start = b * parts * PART_T
-    stop = tl.minimum(start + parts * PART_T, T)
-    rows_e = _count(ids_ptr, start * K, stop * K, E, BLOCK_N, BLOCK_E)
-    tl.store(rows_ptr + b * BLOCK_E + tl.arange(0, BLOCK_E), rows_e)
-    for first in range(start, stop, BLOCK_T):
+    """Programs that write one line of rows [B, BLOCK_E] each: every expert's rows in a block; then alpha and beta."""
+    pid = tl.program_id(0)
+    if pid < B:
+        stop = tl.minimum((pid + 1) * block_t, T)
+        rows_e = _count(ids_ptr, pid * block_t * K, stop * K, E, COUNTED, BLOCK_E)
+        tl.store(rows_ptr + pid * BLOCK_E + tl.arange(0, BLOCK_E), rows_e)
+    else:
         _affine(
             weights_ptr, ids_ptr, scale_ptr, constant_ptr, alpha_ptr, beta_ptr,
-            first, stop, E, K, C, KINDS, BLOCK_T, BLOCK_K,
+            (pid - B) * AFFINE_T, T, E, K, C, KINDS, AFFINE_T, BLOCK_K,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "P", "B", "parts"])
+@triton.jit(do_not_specialize=["T", "P", "B", "parts", "tile_programs"])
 def _place_blocks(
     ids_ptr,
     rows_ptr,
@@ -258,17 +271,18 @@ def _place_blocks(
     P,
     B,
     parts,
+    tile_programs,
     K: tl.constexpr,
     PART_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Programs that place a block each, in `parts` parts of PART_T tokens; then programs that write BLOCK_P tiles."""
+    """Programs that write tiles, then programs that place a block each, in `parts` parts of PART_T tokens."""
     N = T * K
-    pid = tl.program_id(0)
+    block = tl.program_id(0) - tile_programs
     e = tl.arange(0, BLOCK_E)
     rows_e = tl.zeros([BLOCK_E], dtype=tl.int32)
     before_e = tl.zeros([BLOCK_E], dtype=tl.int32)
@@ -276,30 +290,30 @@ def _place_blocks(
         b = first + tl.arange(0, BLOCK_B)
         rows_be = tl.load(rows_ptr + b[:, None] * BLOCK_E + e[None, :], mask=(b < B)[:, None], other=0)
         rows_e += tl.sum(rows_be, axis=0)
-        before_e += tl.sum(tl.where((b < pid)[:, None], rows_be, 0), axis=0)
-    if pid < B:
+        before_e += tl.sum(tl.where((b < block)[:, None], rows_be, 0), axis=0)
+    if block < 0:
+        _write_schedule(
+            rows_e, offsets_ptr, tiles_ptr, block + tile_programs, tile_programs, E, P, BLOCK_M, BLOCK_E, BLOCK_P
+        )
+    else:
         total = tl.sum(rows_e)
         next_e = tl.cumsum(rows_e) - rows_e + before_e  # the row of each expert's next choice
-        place = tl.arange(0, BLOCK_N)
-        for part in range(parts):
-            start = (pid * parts + part) * PART_T * K
-            exists = (place < PART_T * K) & (start + place < N)
-            id = tl.load(ids_ptr + start + place, mask=exists, other=-1)
-            expert = tl.where(exists, _expert(id, exists, E), E + 1)
-            key = tl.sort(expert * BLOCK_N + place)
-            mine_e = tl.histogram(expert, BLOCK_E, mask=expert < E)
-            sorted_expert = key // BLOCK_N
-            has_row = sorted_expert < E
-            first_e = next_e - (tl.cumsum(mine_e) - mine_e)
-            row = tl.gather(first_e, tl.where(has_row, sorted_expert, 0), 0) + place
-            c = start + key % BLOCK_N
+        place = tl.arange(0, BLOCK_C)
+        c = block * parts * PART_T * K + place
+        id = tl.load(ids_ptr + c, mask=(place < PART_T * K) & (c < N), other=-1)
+        for _ in range(parts):
+            exists = (place < PART_T * K) & (c < N)
+            expert = _expert(id, exists, E)
+            following = c + PART_T * K
+            id = tl.load(ids_ptr + following, mask=(place < PART_T * K) & (following < N), other=-1)
+            same_before = (expert[None, :] == expert[:, None]) & (place[None, :] < place[:, None])
+            has_row = expert < E
+            row = tl.gather(next_e, tl.where(has_row, expert, 0), 0) + tl.sum(same_before.to(tl.int32), axis=1)
             tl.store(row_token_ptr + row, c // K, mask=has_row)
-            tl.store(slot_row_ptr + c, tl.where(has_row, row, -1), mask=sorted_expert <= E)
-            # Rows that belong to nobody.
-            tl.store(row_token_ptr + start + place, 0, mask=exists & (start + place >= total))
-            next_e += mine_e
-    else:
-        _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid - B, E, P, BLOCK_M, BLOCK_E, BLOCK_P)
+            tl.store(slot_row_ptr + c, tl.where(has_row, row, -1), mask=exists)
+            tl.store(row_token_ptr + c, 0, mask=exists & (c >= total))  # a row that belongs to nobody
+            next_e += tl.histogram(expert, BLOCK_E, mask=has_row)
+            c = following
 
 
 def prepare(
@@ -313,9 +327,8 @@ def prepare(
     scale_S: Tensor | None = None,
     constant_logits_TC2: Tensor | None = None,
     most_compared: int = MOST_COMPARED,
-    blocks: int = _BLOCKS,
-    fewest_sorted: int = _FEWEST_SORTED,
-    most_sorted: int = _MOST_SORTED,
+    most_blocks: int = _BLOCKS,
+    part: int = _PART,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Everything that the experts need to know of the routing, in one launch up to `most_compared` choices, else two.
 
@@ -327,8 +340,8 @@ def prepare(
         block_m: rows of a tile.
         kinds: (ZERO, IDENTITY, SCALED or CONSTANT, count) in id order from id E on.
         scale_S: float scales of the SCALED slots. constant_logits_TC2: float32 W_j x of the CONSTANT slots.
-        most_compared, blocks, fewest_sorted, most_sorted: where two launches begin, how many blocks they make at most,
-            and the choices that one sort may take; for tests and timing.
+        most_compared: the choices up to which there is one launch. most_blocks, part: how many blocks two launches
+            make of the choices at most, and how many choices are compared at once. For tests and timing.
 
     Returns:
         row_token_N int32: the token of each row, 0 where a row belongs to nobody.
@@ -363,39 +376,42 @@ def prepare(
     entries = _entries(kinds)
     block_k = _next_power_of_2(K)
     block_e = max(_next_power_of_2(E), 16)
-    tile_programs = max(_parts(P, _TILES_OF_A_PROGRAM), 1)
     if most_compared >= N:
-        block_n = max(_next_power_of_2(N), 16)
-        block_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
-        _plan_by_comparison[(_parts(T, block_t) + tile_programs,)](
+        n = max(_next_power_of_2(N), 16)
+        placed_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
+        affine_t = min(_next_power_of_2(T), _AFFINE_TOKENS)
+        tile_programs = max(_parts(P, _TILES_OF_A_PROGRAM), 1)
+        place_programs = _parts(T, placed_t)
+        _plan_few[(tile_programs + place_programs + _parts(T, affine_t),)](
             *inputs,
             *params,
             *result,
             T,
             E,
             P,
+            tile_programs,
+            place_programs,
             K=K,
             C=C,
             KINDS=entries,
             BLOCK_M=block_m,
-            BLOCK_T=block_t,
+            PLACED_T=placed_t,
+            AFFINE_T=affine_t,
+            COUNTED=min(n, _COUNTED),
             BLOCK_K=block_k,
-            BLOCK_C=_next_power_of_2(block_t * K),
-            BLOCK_N=min(block_n, _COMPARED),
-            COUNTED=min(block_n, _COUNTED),
+            BLOCK_C=_next_power_of_2(placed_t * K),
+            BLOCK_N=min(n, _COMPARED),
             BLOCK_E=block_e,
             BLOCK_P=_TILES_OF_A_PROGRAM,
             num_warps=_COMPARING_WARPS,
         )
         return result
 
-    block_n = min(max(_next_power_of_2(_parts(N, blocks)), fewest_sorted), most_sorted)
-    block_n = max(block_n, block_k)
-    part_t = block_n // K
-    parts = _parts(_parts(T, part_t), blocks)
+    part_t = max(part // K, 1)
+    parts = _parts(_parts(T, part_t), most_blocks)
     B = _parts(T, part_t * parts)
     rows = torch.empty(B * block_e, dtype=torch.int32, device=device)
-    _count_blocks[(B,)](
+    _count_blocks[(B + _parts(T, _AFFINE_TOKENS),)](
         *inputs,
         *params,
         rows,
@@ -403,18 +419,19 @@ def prepare(
         beta_TC,
         T,
         E,
-        parts,
+        B,
+        part_t * parts,
         K=K,
         C=C,
         KINDS=entries,
-        PART_T=part_t,
-        BLOCK_T=32,
+        AFFINE_T=_AFFINE_TOKENS,
+        COUNTED=min(_next_power_of_2(part_t * parts * K), _COUNTED_OF_A_BLOCK),
         BLOCK_K=block_k,
-        BLOCK_N=block_n,
         BLOCK_E=block_e,
-        num_warps=_SORTING_WARPS,
+        num_warps=_BLOCK_WARPS,
     )
-    _place_blocks[(B + tile_programs,)](
+    tile_programs = min(max(_parts(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
+    _place_blocks[(tile_programs + B,)](
         inputs[1],
         rows,
         row_token_N,
@@ -426,13 +443,14 @@ def prepare(
         P,
         B,
         parts,
+        tile_programs,
         K=K,
         PART_T=part_t,
         BLOCK_M=block_m,
-        BLOCK_B=_BLOCKS_AT_ONCE,
-        BLOCK_N=block_n,
+        BLOCK_B=min(_next_power_of_2(B), max(_ADDED // block_e, 1)),
+        BLOCK_C=_next_power_of_2(part_t * K),
         BLOCK_E=block_e,
-        BLOCK_P=_TILES_OF_A_PROGRAM,
-        num_warps=_SORTING_WARPS,
+        BLOCK_P=_TILES_AT_ONCE,
+        num_warps=_BLOCK_WARPS,
     )
     return result
