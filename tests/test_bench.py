@@ -416,6 +416,8 @@ def test_plot(call, tmp_path):
     assert width > height > 1000, "two panels beside each other, two cases"
     call("tiny", "--plot", path)
     assert struct.unpack(">I", path.read_bytes()[16:20])[0] < width, "no second panel without a sweep"
+    call("tiny", "--tokens", 3, "--zero-share", "0,1", "--plot", path)
+    assert struct.unpack(">I", path.read_bytes()[16:20])[0] < width, "nor one over T for a single T"
 
 
 def test_progress(call, monkeypatch):

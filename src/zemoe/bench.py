@@ -131,7 +131,8 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
                 finish = "interrupted"
             if rows[done:]:
                 out.print()
-                out.print(bench_show.table(case, rows[done:], plan.baselines))
+                out.print(bench_show.title(case, rows[done:]), style="bold", markup=False)
+                out.print(bench_show.table(rows[done:], plan.baselines))
             if finish == "interrupted":
                 units = sum(len(plan.tokens(each)) * len(plan.zero_shares) for each in plan.cases)
                 out.print(f"interrupted: {len(rows)} of {units} rows were measured", style="bold", markup=False)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench_show import figures
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Rows = list[dict[str, Any]]
-_ZEMOE, _FLOOR = "#cb4b48", "#555555"
-_OTHERS = ("#3b6fb6", "#e3a02f", "#5a9e6f", "#8a63a8", "#7a7a7a")
+_ZEMOE, _FLOOR, _OTHER = "#cb4b48", "#555555", "#7a7a7a"
+_BASELINES = {"torch": "#3b6fb6", "eager": "#e3a02f", "vllm": "#5a9e6f", "sonicmoe": "#8a63a8", "liger": "#a0694b"}
+_TALLEST = 3  # times zemoe's longest time: what is above would squeeze everything else to the bottom
 
 
 def _sides(baselines: list[str]) -> list[tuple[str, str, str]]:
     """(name, column, colour)."""
-    others = [(name, f"{name}_ms", _OTHERS[i % len(_OTHERS)]) for i, name in enumerate(baselines)]
-    return [("zemoe", "ms", _ZEMOE), *others]
+    return [("zemoe", "ms", _ZEMOE), *((name, f"{name}_ms", _BASELINES.get(name, _OTHER)) for name in baselines)]
 
 
 def _line(axes: Axes, rows: Rows, across: str, column: str, **look: Any) -> None:
@@ -42,19 +44,23 @@ def _over_tokens(axes: Axes, rows: Rows, baselines: list[str]) -> None:
 def _over_shares(axes: Axes, rows: Rows, baselines: list[str]) -> None:
     tokens = max(row["T"] for row in rows)
     rows = sorted((row for row in rows if row["T"] == tokens), key=lambda row: row["zero_share"])
+    top = _TALLEST * max(row["ms"] for row in rows)
     for name, column, color in _sides(baselines):
-        _line(axes, rows, "zero_share", column, label=name, color=color, marker="o", markersize=4)
+        times = [row[column] for row in rows if row[column] is not None]
+        above = f" ({figures(min(times))} to {figures(max(times))}, not shown)" if times and min(times) > top else ""
+        _line(axes, rows, "zero_share", column, label=name + above, color=color, marker="o", markersize=4)
     _line(axes, rows, "zero_share", "floor_ms", label="floor", color=_FLOOR, linestyle="--", marker="_")
-    full = rows[0]["ms"] / (1 - rows[0]["zero_share"])
+    full = rows[0]["ms"] / max(1 - rows[0]["zero_share"], 1e-9)
     axes.plot([0, 1], [full, 0], color=_ZEMOE, linewidth=1, linestyle=":", label="in proportion")
     axes.set_xlim(0, 1)
-    axes.set_ylim(0)
+    axes.set_ylim(0, min(top, axes.get_ylim()[1]))
     axes.set_xlabel("share of zero choices")
     axes.set_title(f"{rows[0]['case']}: T = {tokens}")
 
 
 def plot(rows: Rows, baselines: list[str], caption: str, path: Path) -> None:
-    """Draw each case: time over T, and beside it time over the share of zero choices where there are several.
+    """Draw each case: time over T (at the share of zero choices that was asked first), and time over that share (at the
+    largest T); of a single T and several shares only the second.
 
     Args:
         rows: of `zemoe.bench.run`. baselines: whose columns they have. caption: a line below.
@@ -64,10 +70,11 @@ def plot(rows: Rows, baselines: list[str], caption: str, path: Path) -> None:
 
     cases = {name: [row for row in rows if row["case"] == name] for name in dict.fromkeys(row["case"] for row in rows)}
     swept = len({row["zero_share_asked"] for row in rows}) > 1
-    figure = Figure(figsize=(11 if swept else 6.5, 4.2 * len(cases) + 0.4), layout="constrained")
-    grid = figure.subplots(len(cases), 2 if swept else 1, squeeze=False)
+    several = any(len({row["T"] for row in of_case}) > 1 for of_case in cases.values())
+    panels = [*([_over_tokens] if several or not swept else []), *([_over_shares] if swept else [])]
+    figure = Figure(figsize=(6.5 if len(panels) == 1 else 11, 4.2 * len(cases) + 0.4), layout="constrained")
+    grid = figure.subplots(len(cases), len(panels), squeeze=False)
     for line, of_case in zip(grid, cases.values(), strict=True):
-        panels = [_over_tokens, *([_over_shares] if swept else [])]
         for axes, draw in zip(line, panels, strict=True):
             draw(axes, of_case, baselines)
             axes.set_ylabel("milliseconds")

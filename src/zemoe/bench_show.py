@@ -68,17 +68,17 @@ def headline(about: dict[str, Any], dtype: str) -> str:
     )
 
 
-def table(case: Case, rows: list[dict[str, Any]], baselines: list[str]) -> Table:
-    """The rows of one case."""
-    shown = Table(
-        title=f"{case.name}: H {case.hidden_size}, I {case.intermediate_size}, {case.num_experts} FFN and "
-        f"{case.num_zero_experts} zero experts, {case.top_k} choices; backend {rows[0]['backend']}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 1),
-        pad_edge=False,
+def title(case: Case, rows: list[dict[str, Any]]) -> str:
+    """What stands over a case's table."""
+    return (
+        f"{case.name}: H {case.hidden_size}, I {case.intermediate_size}, {case.num_experts} FFN and "
+        f"{case.num_zero_experts} zero experts, {case.top_k} choices; backend {rows[0]['backend']}"
     )
+
+
+def table(rows: list[dict[str, Any]], baselines: list[str]) -> Table:
+    """The rows of one case."""
+    shown = Table(box=None, padding=(0, 1), pad_edge=False)
     skewed = rows[0]["skew_asked"] is not None
     names = ["T", "zero share", *(["top expert"] if skewed else []), "ms", "floor ms", "x floor", "TFLOP/s"]
     for name in [*names, *(f"{side} {unit}" for side in baselines for unit in ("ms", "x"))]:
