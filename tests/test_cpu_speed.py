@@ -113,6 +113,57 @@ class TestPlanTime:
         assert offsets[[0, 1, num_experts - 1, num_experts]].tolist() == [0, 1, 1, 3]
 
 
+class TestFromIds:
+    """Without gradients plan and products are one operator, which plans few choices in Python."""
+
+    @pytest.mark.parametrize("width", [8, 512], ids=["small weights", "large weights"])
+    @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 40])
+    def test_the_same_as_with_a_plan(self, T, width):
+        generator = torch.Generator().manual_seed(T)
+        x, w13, w2 = (torch.randn(s, generator=generator) for s in ((T, 256), (5, 2 * width, 256), (5, 256, width)))
+        ids = torch.randint(-1, 9, (T, 12), generator=generator)  # skipped, five FFN experts, four others
+        weights, alpha = torch.rand(T, 12, generator=generator), torch.rand(T, generator=generator)
+        plan = cpu.make_plan(ids, 5)
+        wanted, _ = cpu.forward(x, weights, *plan, w13, w2, alpha, None, None, "silu", True)
+        got = cpu.forward_from_ids(x, weights, ids, w13, w2, alpha, None, None, 9, "silu")
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
+
+    @pytest.mark.parametrize("T", [0, 1, 8, 9])
+    def test_rows_by_expert(self, T):
+        """Lists and tensors give the same rows, of FFN experts only, in the order of a stable sort."""
+        ids = torch.randint(-1, 9, (T, 12), generator=torch.Generator().manual_seed(0))
+        choices, experts = cpu._choices_by_expert(ids, 5, 9)
+        assert len(choices) >= sum(M for _, _, M in experts) + cpu._MOST_PADDING
+        found = [(e, choices[start : start + M].tolist()) for e, start, M in experts]
+        flat = ids.flatten().tolist()
+        wanted = [(e, [n for n, other in enumerate(flat) if other == e]) for e in range(5)]
+        assert found == [(e, rows) for e, rows in wanted if rows]
+
+    @pytest.mark.parametrize("T", [1, 20])
+    @pytest.mark.parametrize("wrong", [-2, 9])
+    def test_ids_out_of_range(self, T, wrong):
+        ids = torch.zeros(T, 12, dtype=torch.int64)
+        ids[-1, -1] = wrong
+        with pytest.raises(ValueError, match=rf"topk_ids must be 0..8, or -1 to skip a choice; got {wrong}"):
+            cpu._choices_by_expert(ids, 5, 9)
+
+    def test_a_single_token_takes_few_operators(self):
+        """What one token costs beside its products is the number of small operators."""
+        x, w13, w2 = torch.randn(1, 64), torch.randn(8, 64, 64), torch.randn(8, 64, 32)
+        weights, ids = torch.rand(1, 4), torch.tensor([[0, 3, 5, 9]])
+
+        def call():
+            fused_experts(x, w13, w2, weights, ids, num_experts=8, zero_expert_kinds=(("identity", 4),))
+
+        call()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        events = [event for event in profiler.events() if event.name.startswith("aten::")]
+        names = [e.name for e in events if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
+        assert names.count("aten::bmm") == 4 and "aten::sort" not in names
+        assert len(names) < 80, names  # 66 with torch 2.13
+
+
 class TestProducts:
     """Every routine gives the same product, whatever M and the weight's shape choose."""
 

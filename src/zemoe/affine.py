@@ -34,9 +34,8 @@ NO_PARAMS = AffineParams()
 class Chosen(NamedTuple):
     """The choices that fell on the slots of one (kind, count) entry of a layer.
 
-    weight_TK: float32, 0 where the choice is another slot's. ids_TK: all choices. first: what to take off an id of these
-    for the expert's index among all of its kind. constant_logits_TC2: W_j x of every constant expert, or None without
-    one.
+    weight_TK: float32, 0 where the choice is another slot's. ids_TK: all choices. first: an expert's id less its index
+    among all of its kind. constant_logits_TC2: W_j x of every constant expert, or None without one.
     """
 
     weight_TK: Tensor
@@ -111,6 +110,8 @@ def count_kind(kinds: ZeroExpertKinds, kind: str) -> int:
 def check_params(kinds: ZeroExpertKinds, params: AffineParams, hidden_size: int) -> None:
     """Raise ValueError unless `params` has just what `kinds` need, in the right shapes."""
     C, S = count_kind(kinds, "constant"), count_kind(kinds, "scaled_identity")
+    if not C and not S and all(tensor is None for tensor in params):
+        return
     needs = {"constant_router": (C, 2, hidden_size), "constant_value": (C, hidden_size), "scale": (S,)}
     for name, shape in needs.items():
         tensor = getattr(params, name)

@@ -55,12 +55,13 @@ def expand_kinds(
             raise ValueError(f"zero_expert_type={zero_expert_type!r} needs zero_expert_num, or (kind, count) pairs")
         kind = KIND_ALIASES.get(zero_expert_type, zero_expert_type)
         return ((kind, zero_expert_num),) if zero_expert_num else ()
-    if not isinstance(zero_expert_type, Sequence):
+    if not isinstance(zero_expert_type, tuple | Sequence):
         got = repr(zero_expert_type)
         raise ValueError(f"zero_expert_type must be a kind or (kind, count) pairs in id order, got {got}")
     kinds: list[tuple[str, int]] = []
     for pair in zero_expert_type:
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
+        is_pair = isinstance(pair, tuple | Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str):
             raise ValueError(f"zero_expert_type must be a kind or (kind, count) pairs in id order, got {pair!r} in it")
         count = check_count(f"count of zero_expert_type {pair[0]!r}", pair[1], 0)
         kinds.append((KIND_ALIASES.get(pair[0], pair[0]), count))

@@ -6,9 +6,6 @@ M rows of one expert, R rows with padding, G experts with equally many rows.
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -153,9 +150,13 @@ def _choices_by_expert(
         _check_bounds(min(ids), max(ids), num_slots)
     # Sorted by Python: a dozen small operators take longer.
     choices = sorted((n for n, e in enumerate(ids) if 0 <= e < num_experts), key=ids.__getitem__)
-    rows = Counter(ids[n] for n in choices)  # in the order of the experts, for so are the choices
-    starts = accumulate(rows.values(), initial=0)
-    experts = [(e, start, M) for (e, M), start in zip(rows.items(), starts, strict=False)]
+    experts: list[tuple[int, int, int]] = []
+    for row, n in enumerate(choices):
+        if experts and experts[-1][0] == ids[n]:
+            e, start, M = experts[-1]
+            experts[-1] = e, start, M + 1
+        else:
+            experts.append((ids[n], row, 1))
     return torch.tensor(choices + [0] * _MOST_PADDING), experts
 
 
@@ -165,6 +166,14 @@ def _affine(x_TH: Tensor, alpha_T: Tensor, beta_TC: Tensor | None, value_CH: Ten
     if beta_TC is not None and value_CH is not None:
         y_TH.addmm_(beta_TC, value_CH.to(y_TH.dtype))
     return y_TH
+
+
+def _rows_of_group(starts: list[int], M: int) -> slice | Tensor:
+    """Which rows belong to the experts that have M each, from `starts` on."""
+    if starts[-1] - starts[0] == (len(starts) - 1) * M:
+        return slice(starts[0], starts[-1] + M)
+    start_G = torch.tensor(starts)
+    return start_G if M == 1 else (start_G[:, None] + torch.arange(M)).view(-1)
 
 
 def _add_experts(
@@ -179,8 +188,6 @@ def _add_experts(
     preact_N2I: Tensor | None,
 ) -> None:
     """Add each expert's weighted rows to y; token_N and weight_N1 go on for some entries after the last row."""
-    acc, dtype = y_TH.dtype, _product_dtype(x_TH.dtype)
-    w13_E, w2_E = _Weights(w13, dtype), _Weights(w2, dtype)
     act = ACTIVATIONS[activation].forward
     shared = min(shared_rows(w13), shared_rows(w2))
     by_count: dict[int, list[tuple[int, int]]] = {}
@@ -191,16 +198,24 @@ def _add_experts(
         else:
             by_count.setdefault(M, []).append((e, start))
     for M, group in by_count.items():
-        ids, starts = [e for e, _ in group], torch.tensor([start for _, start in group])
-        row_GM = starts[:, None] + torch.arange(M) if M > 1 else starts[:, None]
-        token = token_N[row_GM.view(-1)]
-        both_G2IM = products(w13, ids, x_TH.index_select(0, token).view(len(ids), M, -1))
+        ids, G = [e for e, _ in group], len(group)
+        rows = _rows_of_group([start for _, start in group], M)
+        token = token_N[rows]
+        both_G2IM = products(w13, ids, x_TH.index_select(0, token).view(G, M, -1))
         if preact_N2I is not None:
-            preact_N2I[row_GM] = both_G2IM.transpose(1, 2)
+            preact_N2I[rows] = both_G2IM.transpose(1, 2).reshape(G * M, -1)
         gate_GIM, up_GIM = both_G2IM.chunk(2, dim=1)
-        inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[row_GM].transpose(1, 2))
+        inner_GIM = act(gate_GIM).mul_(up_GIM).mul_(weight_N1[rows].view(G, 1, M))
         out_GHM = products(w2, ids, inner_GIM.transpose(1, 2))
-        y_TH.index_add_(0, token, out_GHM.transpose(1, 2).reshape(len(token), -1))
+        rows_RH = out_GHM.transpose(1, 2).reshape(G * M, -1)
+        if len(y_TH) == 1:  # faster than the general sum
+            y_TH += rows_RH.sum(0)
+        else:
+            y_TH.index_add_(0, token, rows_RH)
+    if not alone:
+        return
+    acc, dtype = y_TH.dtype, _product_dtype(x_TH.dtype)
+    w13_E, w2_E = _Weights(w13, dtype), _Weights(w2, dtype)
     for e, start, M in alone:
         stop = start + padded_rows(M)
         rows_RH = x_TH.index_select(0, token_N[start:stop]).to(dtype)

@@ -24,7 +24,7 @@ def shared_rows(weight_EOI: Tensor) -> int:
     """
     if weight_EOI.dtype != torch.float32 or not weight_EOI.is_contiguous() or not len(weight_EOI):
         return 0
-    return _MOST_SHARED_ROWS if weight_EOI[0].numel() <= _SMALL_WEIGHT else 1
+    return _MOST_SHARED_ROWS if weight_EOI.shape[1] * weight_EOI.shape[2] <= _SMALL_WEIGHT else 1
 
 
 def has_onednn(weight: Tensor) -> bool:

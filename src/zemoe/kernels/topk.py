@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_FEW = 256  # values, up to which Python looks at them faster than torch
+_FEW = 64  # values, up to which Python looks at them faster than torch
 _NEVER = float("-inf")
 
 
@@ -32,16 +32,18 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by torch.topk, with a stable sort for the few rows in which equal values meet; for the host."""
     T, A = choice_TA.shape
-    if T * k <= _FEW:
-        values, ids = choice_TA.topk(min(k + 1, A), dim=-1)
-        if _are_settled(values, None if logits_TA is None else logits_TA.gather(1, ids)):
-            return ids[:, :k].contiguous()
-    if logits_TA is not None and T and not logits_TA.amin() > _NEVER:
-        choice_TA = torch.where(logits_TA == _NEVER, _NEVER, choice_TA)
     # One more value shows whether the last of the k equals one that is left out. Only where torch.topk would change to
     # a method of half the speed for it (64 k crosses A) is counting cheaper.
     count = 64 * k <= A < 64 * (k + 1)
-    values, ids = choice_TA.topk(k if count else min(k + 1, A), dim=-1)
+    looked_at = k if count else min(k + 1, A)
+    if 0 < T * k <= _FEW:
+        values, ids = choice_TA.topk(looked_at, dim=-1)
+        settled = _are_settled(values, None if logits_TA is None else logits_TA.gather(1, ids))
+        if settled and not (count and _reach(choice_TA, values).sum(-1).amax() > k):
+            return ids[:, :k].contiguous()
+    if logits_TA is not None and T and not logits_TA.amin() > _NEVER:
+        choice_TA = torch.where(logits_TA == _NEVER, _NEVER, choice_TA)
+    values, ids = choice_TA.topk(looked_at, dim=-1)
     equal = values[:, 1:] == values[:, :-1]
     # A row with a NaN, which sorts first, would spoil the count over all rows.
     if equal.any() or (count and (values[:, 0].isnan().any() or _reach(choice_TA, values).count_nonzero() > T * k)):
