@@ -126,8 +126,9 @@ def test_device(device):
 @pytest.mark.gpu
 def test_self_test_on_a_gpu():
     checks = [check for check in doctor.self_test() if check.device.startswith("cuda")]
-    assert {check.backend for check in checks if check.usable and check.ok} == {"torch"}
-    assert all(check.ok and check.chosen for check in checks if check.usable)
+    assert {check.backend for check in checks if check.usable and check.ok} == {"torch", "triton"}
+    assert all(check.ok for check in checks if check.usable)
+    assert {check.dtype for check in checks if check.chosen and check.backend == "triton"} == {"bfloat16", "float16"}
 
 
 def test_a_device_without_a_name(monkeypatch):

@@ -102,16 +102,21 @@ class _Layer:
         return self._both("cpu", reference.experts, {"dtype": dtype})
 
     def by_backend(self, device: str, backend: str) -> dict[str, Tensor]:
-        """Output and gradients by zemoe.fused_experts."""
-        return self._both(device, fused_experts, {"backend": backend})
+        """Output and gradients by zemoe.fused_experts; the output alone of a backend without gradients."""
+        trained = BACKENDS[backend].moe_ffn is not None
+        return self._both(device, fused_experts, {"backend": backend}, trained=trained)
 
-    def _both(self, device: str, experts: Callable[..., Tensor], how: dict[str, Any]) -> dict[str, Tensor]:
+    def _both(
+        self, device: str, experts: Callable[..., Tensor], how: dict[str, Any], *, trained: bool = True
+    ) -> dict[str, Tensor]:
         leaves = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in self.inputs.items()}
         x, w13, w2, weights, *affine = leaves.values()
         how = how | {"num_experts": _E, "zero_expert_kinds": _KINDS, "affine_params": AffineParams(*affine)}
-        out = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
         with torch.no_grad():  # a backend may have a way of its own where nothing is trained
             untrained = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
+        if not trained:
+            return {"output without gradients": untrained}
+        out = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
         gradients = torch.autograd.grad(out, list(leaves.values()), self.out_gradient.to(out))
         named = zip(leaves, gradients, strict=True)
         outputs = {"output": out.detach(), "output without gradients": untrained}
