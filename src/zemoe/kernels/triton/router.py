@@ -1,0 +1,335 @@
+"""The router's logits, x W^T, to float32 accuracy on tensor cores that multiply 16-bit numbers.
+
+A float32 weight is written as a sum of 16-bit parts, each product of x with a part is exact, and the sums are float32.
+x itself is 16-bit already, so it needs no parts. Which parts, and which way through the machine, depends on T:
+
+one     few tokens: rows of W times x, in plain float32, no tensor core. W is read once, at the speed of memory.
+direct  some tokens, and any alignment: blocks of W come in as float32 and are split in registers, for bfloat16 x into
+        two bfloat16 parts (17 bits), for float16 x into two float16 parts (22 bits). Where tiles are few, H is cut into
+        slices; their partial sums are added in a fixed order by who reads them.
+split   many tokens: W is split once by a small launch, then one large product through the copy engine (TMA).
+        bfloat16 x: a bfloat16 part times x, and a float16 part (together 20 bits) times x as float16, which is exact
+        for 2^-17 <= |x| <= 65504 and elsewhere costs accuracy only, as if W had 9 bits for that element.
+
+Nothing that is not finite spreads: a token's logits depend on its own x and on W alone. NaN in a token's x makes all
+its logits NaN; an infinity makes each of them an infinity or NaN (float32 may have the infinity where this has NaN;
+routing gives up the token in either case). NaN or infinity in a row of W does to that slot's logits what it does in
+float32. Finite weights stay finite in every part; beyond 2^13 (float16 x: 2^10) in size they lose accuracy by and by.
+
+Legend: T tokens, R rows of the router weight (slots), H hidden size, S slices of H.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_FLOAT16_MAX = tl.constexpr(65504.0)
+_BFLOAT16_MAX = tl.constexpr(3.3895313892515355e38)
+# W is multiplied by 2^12 or 2^6 before it is split, the sums divided by it: a float16 part then has all of its bits for
+# weights from 1e-6 (float16 x: 1e-4) up, and finite room above any weight of a router.
+_SCALE_BFLOAT16 = tl.constexpr(4096.0)
+_SCALE_FLOAT16 = tl.constexpr(64.0)
+
+
+# What a step of the tensor core cuts off on average, in units of the power of two below the sum. Half a bit would be
+# 1.0 * 2^-24; measured are 0.70 to 0.76 of that for both dtypes and H = 2048 to 6144, many products being shorter.
+_CUT_OFF = tl.constexpr(0.72 * 2.0**-24)
+# Blocks of H between two corrections in the split way; each costs about as much as a fifth of a block.
+_UNBIAS_EVERY = 4
+
+
+class Way(NamedTuple):
+    """How one product runs: a path of this file, its tile, the slices of H, and the launch."""
+
+    path: str
+    block_t: int
+    block_r: int
+    block_h: int
+    slices: int
+    warps: int
+    stages: int
+    parts: int = 2
+
+
+def choose_way(T: int, R: int, H: int, dtype: torch.dtype, aligned: bool) -> Way:
+    """The way for a shape; `aligned`: rows of x and of a [R, H] 16-bit matrix start at multiples of 16 bytes.
+
+    Every bound below is the best of what was timed on an H100 (132 processors) for R x H = 768 x 6144, 384 x 3072 and
+    96 x 2048 at T = 1 .. 16384.
+    """
+    if T <= 8:
+        block_t = triton.next_power_of_2(T)
+        rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
+        return Way("one", block_t, rows, min(columns, triton.next_power_of_2(H)), 1, 4, 1)
+    if T * R >= 1024 * 768 and aligned:
+        if triton.cdiv(R, 256) * 256 < 1.15 * R:
+            # Shared memory is full with 3 blocks of both parts and 2 of bfloat16 x; float16 x needs as many as parts.
+            stages = 3 if dtype == torch.bfloat16 else 2
+            slices = 132 // (triton.cdiv(T, 128) * triton.cdiv(R, 256))
+            return Way("split", 128, 256, 64, max(1, min(slices, H // 512)), 8, stages)
+        slices = 264 // (triton.cdiv(T, 64) * triton.cdiv(R, 128))
+        return Way("split", 64, 128, 64, max(1, min(slices, H // 512)), 4, 3)
+    # Enough slices for one program on each processor, two where tiles are large; two blocks of H for each at least.
+    tiles_r = triton.cdiv(R, 64)
+    if T <= 64:
+        block_t = max(16, triton.next_power_of_2(T))
+        slices = 132 // tiles_r
+    else:
+        block_t = 64 if triton.cdiv(T, 64) * tiles_r * (H // 128) <= 264 else 128
+        slices = 264 // (triton.cdiv(T, block_t) * tiles_r)
+    return Way("direct", block_t, 64, 64, max(1, min(slices, H // 128)), 4, 4 if block_t <= 64 else 3)
+
+
+@triton.jit
+def _two_parts(w, dtype: tl.constexpr):
+    """Two 16-bit parts of a float32 `w` times the scale of `dtype`; the second one is float16."""
+    if dtype == tl.float16:
+        scaled = w * _SCALE_FLOAT16
+        limit: tl.constexpr = _FLOAT16_MAX
+    else:
+        scaled = w * _SCALE_BFLOAT16
+        limit: tl.constexpr = _BFLOAT16_MAX
+    finite = w - w == 0
+    high = tl.clamp(scaled, -limit, limit).to(dtype)
+    rest = tl.clamp(tl.clamp(scaled, -_BFLOAT16_MAX, _BFLOAT16_MAX) - high.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX)
+    high = tl.where(finite, high, w.to(dtype))
+    return high, tl.where(finite, rest, 0.0).to(tl.float16)
+
+
+@triton.jit
+def _three_parts(w):
+    """Three bfloat16 parts of a float32 `w`, which add up to it exactly."""
+    high = tl.clamp(w, -_BFLOAT16_MAX, _BFLOAT16_MAX).to(tl.bfloat16)
+    rest = w - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    # An infinity is in `middle` already.
+    low = tl.where(w - w == 0, rest - middle.to(tl.float32), 0.0).to(tl.bfloat16)
+    return high, middle, low
+
+
+@triton.jit
+def _unbias(acc, steps):
+    """The sum `acc` with what `steps` steps of a tensor core have cut off added again, in the mean.
+
+    A step adds 16 products to the sum and drops the bits of the result below the last place of a float32, half a unit
+    of that place on average and always towards zero. Over the 768 steps of H = 6144 that is 1.4e-5 of the logits,
+    unevenly by where the sum has been on the way: enough to change 19 sets in 100,000.
+    """
+    power = (acc.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # sign and power of two
+    return acc + power * (steps * _CUT_OFF)
+
+
+@triton.jit
+def _one(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    T,
+    R,
+    H,
+    x_stride,
+    w_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Logits of all T <= BLOCK_T tokens for BLOCK_R slots."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, BLOCK_T)
+    w_ptrs = w_ptr + r.to(tl.int64) * w_stride
+    x_ptrs = x_ptr + t.to(tl.int64) * x_stride
+    acc = tl.zeros((BLOCK_R, BLOCK_T, BLOCK_H), dtype=tl.float32)
+    for start in range(0, H, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inside = (h < H)[None, :]
+        w = tl.load(w_ptrs[:, None] + h[None, :], mask=(r < R)[:, None] & inside, other=0.0)
+        x = tl.load(x_ptrs[:, None] + h[None, :], mask=(t < T)[:, None] & inside, other=0.0)
+        acc += w[:, None, :] * x.to(tl.float32)[None, :, :]
+    mask = (r < R)[:, None] & (t < T)[None, :]
+    tl.store(out_ptr + t[None, :] * R + r[:, None], tl.sum(acc, axis=2), mask=mask)
+
+
+@triton.jit
+def _direct(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    T,
+    R,
+    H,
+    x_stride,
+    w_stride,
+    slice_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of logits summed over one slice of H, into out [S, T, R]. W is the left operand: parts in registers."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    s = tl.program_id(2)
+    h = tl.arange(0, BLOCK_H)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first = s * slice_h
+    last = tl.minimum(first + slice_h, H)
+    w_ptrs = w_ptr + r[:, None].to(tl.int64) * w_stride + h[None, :]
+    x_ptrs = x_ptr + t[None, :].to(tl.int64) * x_stride + h[:, None]
+    acc = tl.zeros((BLOCK_R, BLOCK_T), dtype=tl.float32)
+    for start in range(first, last, BLOCK_H):
+        inside = start + h < last
+        w = tl.load(w_ptrs + start, mask=(r[:, None] < R) & inside[None, :], other=0.0)
+        x = tl.load(x_ptrs + start, mask=(t[None, :] < T) & inside[:, None], other=0.0)
+        # Each block's sum starts at zero: what a tensor core cuts off (see _unbias) is then nothing beside `acc`.
+        if dtype == tl.float16:
+            high, low = _two_parts(w, dtype)
+            block = tl.dot(low, x)
+        else:
+            high, middle, low = _three_parts(w)
+            if PARTS == 3:
+                block = tl.dot(low, x)
+                block = tl.dot(middle, x, block)
+            else:
+                block = tl.dot(middle, x)
+        acc += tl.dot(high, x, block)
+    if dtype == tl.float16:
+        acc *= 1.0 / _SCALE_FLOAT16
+    out_ptrs = out_ptr + s.to(tl.int64) * T * R + t[None, :].to(tl.int64) * R + r[:, None]
+    tl.store(out_ptrs, acc, mask=(t[None, :] < T) & (r[:, None] < R))
+
+
+@triton.jit
+def _sum_slices(partial_ptr, out_ptr, size, S, BLOCK: tl.constexpr):
+    """out = partial [S, size] summed over S, from the first slice to the last."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for s in range(S):
+        acc += tl.load(partial_ptr + tl.cast(s, tl.int64) * size + i, mask=i < size, other=0.0)
+    tl.store(out_ptr + i, acc, mask=i < size)
+
+
+@triton.jit
+def _split_weight(w_ptr, high_ptr, low_ptr, H, w_stride, BLOCK: tl.constexpr):
+    """Both parts of one row of W."""
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    high, low = _two_parts(tl.load(w_ptr + r * w_stride + h, mask=h < H), high_ptr.dtype.element_ty)
+    tl.store(high_ptr + r * H + h, high, mask=h < H)
+    tl.store(low_ptr + r * H + h, low, mask=h < H)
+
+
+@triton.jit
+def _split(
+    x_desc,
+    high_desc,
+    low_desc,
+    out_ptr,
+    T,
+    R,
+    H,
+    slice_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UNBIAS_EVERY: tl.constexpr,
+):
+    """A tile of logits from both parts over one slice of H, into out [S, T, R].
+
+    Tiles of the same tokens are neighbours, so that x comes from memory once.
+    """
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    first_t = (tl.program_id(0) // tiles_r) * BLOCK_T
+    first_r = (tl.program_id(0) % tiles_r) * BLOCK_R
+    s = tl.program_id(1)
+    first = s * slice_h
+    blocks = tl.cdiv(tl.minimum(slice_h, H - first), BLOCK_H)
+    dtype: tl.constexpr = x_desc.dtype
+    steps: tl.constexpr = 2 * BLOCK_H // 16
+    acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for block in range(blocks):
+        x = x_desc.load([first_t, first + block * BLOCK_H])
+        high = high_desc.load([first_r, first + block * BLOCK_H])
+        low = low_desc.load([first_r, first + block * BLOCK_H])
+        if dtype == tl.float16:
+            acc = tl.dot(x, low.T, acc)
+        else:
+            # The small part first: the conversion of x then runs while the product before it does.
+            half = tl.clamp(x.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
+            acc = tl.dot(half, low.T, acc)
+        if block % UNBIAS_EVERY == UNBIAS_EVERY - 1:
+            acc = _unbias(acc, UNBIAS_EVERY * steps)
+        acc = tl.dot(x, high.T, acc)
+    acc = _unbias(acc, (blocks % UNBIAS_EVERY) * steps)
+    if dtype == tl.float16:
+        acc *= 1.0 / _SCALE_FLOAT16
+    else:
+        acc *= 1.0 / _SCALE_BFLOAT16
+    t = first_t + tl.arange(0, BLOCK_T)
+    r = first_r + tl.arange(0, BLOCK_R)
+    out_ptrs = out_ptr + s.to(tl.int64) * T * R + t[:, None].to(tl.int64) * R + r[None, :]
+    tl.store(out_ptrs, acc, mask=(t[:, None] < T) & (r[None, :] < R))
+
+
+def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Tensor:
+    """x W^T, as accurate as a float32 matmul, in S sums that the reader adds in order.
+
+    x_TH: [T, H] bfloat16 or float16; weight_RH: [R, H] float32; the last dimension of both contiguous. `way` is for
+    measurements: the default is the fastest known one. No host synchronisation; one launch (T = 0: none; the split way:
+    two). The same input gives bitwise the same output.
+
+    Returns:
+        [S, T, R] float32, contiguous; logits are its sum over S. Values that are not finite: see the top of this file.
+    """
+    T, H = x_TH.shape
+    R = weight_RH.shape[0]
+    assert x_TH.dtype in (torch.bfloat16, torch.float16)
+    assert weight_RH.dtype == torch.float32
+    assert weight_RH.shape[1] == H
+    assert x_TH.stride(1) == weight_RH.stride(1) == 1
+    if T == 0:
+        return weight_RH.new_empty((1, 0, R))
+    aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
+    way = way or choose_way(T, R, H, x_TH.dtype, aligned)
+    tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
+    launch = {"num_warps": way.warps, "num_stages": way.stages}
+    strides = (x_TH.stride(0), weight_RH.stride(0))
+    tiles_t, tiles_r = triton.cdiv(T, way.block_t), triton.cdiv(R, way.block_r)
+    slice_h = triton.cdiv(triton.cdiv(H, way.slices), way.block_h) * way.block_h
+    S = triton.cdiv(H, slice_h)
+    out_STR = weight_RH.new_empty((S, T, R))
+    if way.path == "one":
+        _one[(tiles_r,)](x_TH, weight_RH, out_STR, T, R, H, *strides, **tile, **launch)
+    elif way.path == "direct":
+        grid = (tiles_r, tiles_t, S)
+        _direct[grid](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, PARTS=way.parts, **launch)
+    else:
+        assert aligned
+        high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
+        low_RH = torch.empty((R, H), dtype=torch.float16, device=x_TH.device)
+        _split_weight[(R, triton.cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048)
+        block_TH, block_RH = [way.block_t, way.block_h], [way.block_r, way.block_h]
+        x_desc = TensorDescriptor(x_TH, [T, H], [x_TH.stride(0), 1], block_TH)
+        high_desc = TensorDescriptor(high_RH, [R, H], [H, 1], block_RH)
+        low_desc = TensorDescriptor(low_RH, [R, H], [H, 1], block_RH)
+        grid = (tiles_t * tiles_r, S)
+        _split[grid](
+            x_desc, high_desc, low_desc, out_STR, T, R, H, slice_h, **tile, UNBIAS_EVERY=_UNBIAS_EVERY, **launch
+        )
+    return out_STR
+
+
+def router_logits(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Tensor:
+    """The sum of `router_partials` over S: [T, R] float32, contiguous. One more launch where S > 1."""
+    partial_STR = router_partials(x_TH, weight_RH, way)
+    S, T, R = partial_STR.shape
+    if S == 1:
+        return partial_STR[0]
+    out_TR = partial_STR.new_empty((T, R))
+    _sum_slices[(triton.cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2)
+    return out_TR
