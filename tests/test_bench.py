@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import struct
@@ -10,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from zemoe import MoE, bench, bench_check, bench_layer, bench_plan, bench_row, bench_show, measure
 from zemoe.baselines import BASELINES
 from zemoe.cli import main
+from zemoe.generate import CommandError
 from zemoe.measure import Ceilings, moe_floor, router_floor
 
 TINY = bench_layer.Case(
@@ -460,19 +463,20 @@ def test_figures(value, shown):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(capsys, monkeypatch, tmp_path):
+def test_on_a_gpu(monkeypatch):
     """Replays up to T = 512, events above and for what waits for the device."""
-    path = tmp_path / "rows.csv"
-    arguments = ["bench", "--device", "cuda", "--tokens", "1,64,600", "--repeats", "3", "--csv", str(path), "--json"]
-    assert main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
+    console = Console(file=io.StringIO())
+    request = bench_plan.BenchRequest(device="cuda", tokens=(1, 64, 600), cases=("tiny",), repeats=3)
+    code, found = bench.run(request, console, console)
+    assert (code, found["finish"]) == (0, "done")
     assert [row["method"] for row in found["rows"]] == ["replay", "replay", "events"]
     assert [row["torch_method"] for row in found["rows"]] == ["replay", "replay", "events"]
     assert [row["eager_method"] for row in found["rows"]] == ["events"] * 3
     assert any(note.startswith("eager waits for the device") for note in found["notes"])
     assert any("no larger than the cache" in note for note in found["notes"])
     monkeypatch.setattr(MoE, "forward", lambda self, x: torch.zeros_like(x))
-    assert main(arguments) == 1
+    with pytest.raises(CommandError, match="zemoe is wrong"):
+        bench.run(request, console, console)
 
 
 @pytest.mark.gpu

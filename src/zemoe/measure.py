@@ -6,6 +6,7 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 Sides = Mapping[str, Callable[[Tensor], Tensor]]
-# Before each timed call a GPU overwrites so many bytes twice: that empties its cache, and takes it long enough (about
-# 0.7 ms on an H100) for Python to have the whole call queued when the first timestamp is taken.
-_FLUSH_BYTES = 2**30
+# Before each timed call a GPU overwrites so many bytes so many times: that empties its cache, and takes it long enough
+# (about 2 ms on an H100) for Python to have the whole call queued when the first timestamp is taken.
+_FLUSH_BYTES, _FLUSHES = 2**30, 6
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def interleaved(
 def waits_for_device(call: Callable[[], object]) -> bool:
     """Whether `call` makes Python wait for the current CUDA device, so that no CUDA graph can hold it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch says that it may overlook some; capturing doesn't
+            torch.cuda.set_sync_debug_mode("error")
         call()
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
@@ -90,8 +93,8 @@ def cuda_events(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn, x in enumerate(inputs):
         for _, name in _in_turn(list(sides), turn):
-            flush.zero_()
-            flush.zero_()
+            for _ in range(_FLUSHES):
+                flush.zero_()
             seconds[name].append(_event_seconds(lambda name=name, x=x: sides[name](x)))
         after()
     return seconds
