@@ -128,6 +128,9 @@ class TestArguments:
             (4, (("identity", 3),), ["zero_expert_num", "4", "3"]),
             (4, (("identity", 3), ("other", 1)), ["zero_expert_type", "other"]),
             (4, (("identity", 5), ("zero", -1)), ["zero", "-1"]),
+            (None, (("identity", 4),), ["zero_expert_num", "None", "integer"]),
+            ("4", "identity", ["zero_expert_num", "'4'", "integer"]),
+            (4.0, (("identity", 4),), ["zero_expert_num", "4.0", "integer"]),
         ],
     )
     def test_zero_experts_that_do_not_fit(self, num, kinds, parts):
@@ -135,6 +138,27 @@ class TestArguments:
             ZeroExpertFusedMoE(num, kinds, None, **BASE)
         for part in parts:
             assert part in str(error.value), str(error.value)
+
+    @pytest.mark.parametrize("wrong", ["2", 2.0, None])
+    @pytest.mark.parametrize("router", [None, Classifier()], ids=["no router", "router"])
+    def test_num_experts_that_is_no_integer(self, router, wrong):
+        with pytest.raises(ValueError, match=f"num_experts must be an integer >= 0, got {wrong!r}"):
+            ZeroExpertFusedMoE(Z, "identity", router, **{**BASE, "num_experts": wrong})
+
+    @pytest.mark.parametrize("make", [base_layer, lambda **kwargs: zero_layer(router=None, **kwargs), zero_layer])
+    def test_a_bias_that_is_no_tensor(self, make):
+        with pytest.raises(TypeError, match=r"e_score_correction_bias must be a tensor, got list: \[0\.5"):
+            make(e_score_correction_bias=[0.5] * E)
+
+    @pytest.mark.parametrize("shape", [(E - 1,), (A,), (E, 1), ()])
+    def test_a_bias_of_another_shape(self, shape):
+        """Found at construction; a layer without zero-computation experts has E slots."""
+        with pytest.raises(ValueError) as error:
+            base_layer(e_score_correction_bias=torch.zeros(shape))
+        for part in ("e_score_correction_bias", f"({E},)", str(shape)):
+            assert part in str(error.value)
+        # One's own routing has no use for it.
+        base_layer(e_score_correction_bias=torch.zeros(shape), custom_routing_function=lambda *_, **__: None)
 
     @pytest.mark.parametrize(
         ("x", "logits", "parts"),
@@ -254,6 +278,9 @@ class TestWeightLoader:
             ("w2", torch.zeros(I, H), 0, ["loaded_weight", "(12, 16)", "(16, 12)", "some.name"]),
             ("w2", torch.zeros(()), 0, ["loaded_weight", "()", "(16, 12)"]),
             ("w2", torch.zeros(H, I), -1, ["expert_id", "-1", "some.name"]),
+            ("w2", torch.zeros(H, I), "0", ["expert_id", "'0'", "integer", "some.name"]),
+            ("w2", torch.zeros(H, I), 1.5, ["expert_id", "1.5", "integer", "some.name"]),
+            ("w2", torch.zeros(H, I), None, ["expert_id", "None", "integer", "some.name"]),
         ],
     )
     def test_what_does_not_fit(self, shard, weight, expert, parts):

@@ -137,6 +137,13 @@ def test_patched_model_computes_what_stock_does(stock, stock_logits, ids):
     assert not stock._can_compile_fullgraph
 
 
+@pytest.mark.parametrize("change", [bridge.patch_, bridge.unpatch_])
+@pytest.mark.parametrize("wrong", [None, "model"])
+def test_what_is_no_module(change, wrong):
+    with pytest.raises(TypeError, match=rf"model must be a torch.nn.Module, got \w+: {wrong!r}"):
+        change(wrong)
+
+
 def test_patching_again_only_sets_the_backend(stock, stock_logits, ids, monkeypatch):
     model = copy.deepcopy(stock)
     bridge.patch_(model)

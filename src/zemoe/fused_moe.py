@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
-from .config import MoEConfig, ZeroExpertKinds, expand_kinds
+from .config import MoEConfig, ZeroExpertKinds, check_count, expand_kinds
 from .experts import fused_experts, moe_activation
 from .routing import Routing, Selector, check_scoring
 
@@ -37,6 +38,11 @@ _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "zero_expert_num": ((None, 0), "use ZeroExpertFusedMoE"),
     "zero_expert_type": ((None,), "use ZeroExpertFusedMoE"),
 }
+
+
+def _check_bias(bias: object) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"e_score_correction_bias must be a tensor, got {type(bias).__name__}: {bias!r}")
 
 
 class _Memo(threading.local):
@@ -74,7 +80,7 @@ class FusedMoE(nn.Module):
 
     Raises:
         ValueError: for a value that does not fit or an option that zemoe does not have, naming it.
-        TypeError: for an argument that nobody knows.
+        TypeError: for an argument that nobody knows, or a bias that is no tensor.
     """
 
     e_score_correction_bias: Tensor | None
@@ -127,8 +133,13 @@ class FusedMoE(nn.Module):
         check_scoring(scoring_func)
         moe_activation(activation)
         if e_score_correction_bias is not None:
+            _check_bias(e_score_correction_bias)
             e_score_correction_bias = e_score_correction_bias.detach()
         self.register_buffer("e_score_correction_bias", e_score_correction_bias, persistent=False)
+        bias = self._selection_bias()
+        fitting = {(num_experts,), (self.num_slots,)}
+        if bias is not None and custom_routing_function is None and tuple(bias.shape) not in fitting:
+            raise ValueError(f"e_score_correction_bias must have a shape of {sorted(fitting)}, got {tuple(bias.shape)}")
         self.w13_weight = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, dtype=params_dtype))
         self.w2_weight = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, dtype=params_dtype))
         self.selector = Selector()
@@ -234,12 +245,13 @@ class FusedMoE(nn.Module):
             return_success: return whether something was copied.
 
         Raises:
-            ValueError: for an unknown shard_id, a negative expert_id, a wrong shape, or the other parameter.
+            ValueError: for an unknown shard_id, an expert_id that is no integer >= 0, a wrong shape, or the other
+                parameter.
         """
         if shard_id not in ("w1", "w2", "w3"):
             raise ValueError(f"shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r} for {weight_name}")
-        if expert_id < 0:
-            raise ValueError(f"expert_id must be >= 0, got {expert_id} for {weight_name}")
+        if not isinstance(expert_id, SupportsIndex) or expert_id < 0:
+            raise ValueError(f"expert_id must be an integer >= 0, got {expert_id!r} for {weight_name}")
         owner = self.w2_weight if shard_id == "w2" else self.w13_weight
         if param is not owner and param.shape != owner.shape:
             name = "w2_weight" if shard_id == "w2" else "w13_weight"
@@ -313,6 +325,7 @@ class ZeroExpertFusedMoE(FusedMoE):
                 "custom_routing_function must be None: ZeroExpertFusedMoE manages its own routing; use FusedMoE, "
                 "or fused_experts with your own weights and ids"
             )
+        check_count("zero_expert_num", zero_expert_num, 0)
         kinds = expand_kinds(zero_expert_type, zero_expert_num)
         check_kinds(kinds)
         # Read by _check_config before nn.Module is ready, and a registered router would be saved twice.
@@ -321,7 +334,10 @@ class ZeroExpertFusedMoE(FusedMoE):
         router_bias = getattr(router, "e_score_correction_bias", None)
         own_bias = kwargs.get("e_score_correction_bias")
         if router_bias is not None and "num_experts" in kwargs:
-            E = kwargs["num_experts"]
+            E = check_count("num_experts", kwargs["num_experts"], 0)
+            for bias in (router_bias, own_bias):
+                if bias is not None:
+                    _check_bias(bias)
             full = router_bias.shape == (E + zero_expert_num,)
             if own_bias is None or own_bias.shape == router_bias.shape:
                 kwargs["e_score_correction_bias"] = router_bias[:E] if full else router_bias

@@ -216,6 +216,7 @@ def patch_(model: nn.Module, backend: str | None = None) -> PatchReport:
     Raises:
         ValueError: if the model has no LongCat-Flash MoE layer, has one that is quantized, wrapped (tensor parallel,
             offloaded) or changed, or the backend can't run it. Nothing has changed then, nor after any other exception.
+        TypeError: if model is no module.
     """
     layers = _longcat_layers(model)
     for name, layer in layers.items():
@@ -270,6 +271,8 @@ def unpatch_(model: nn.Module) -> tuple[str, ...]:
 
 
 def _longcat_layers(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}")
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, StockMoE)}
     if not layers:
         model_type = getattr(getattr(model, "config", None), "model_type", None)

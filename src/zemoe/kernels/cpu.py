@@ -19,7 +19,8 @@ _FEW_CHOICES = 96  # up to here lists of Python numbers are faster than tensors
 def check_ids(ids: Tensor, num_slots: int) -> None:
     """ValueError for an id below -1 or, with a num_slots >= 0, not below it."""
     if ids.numel():
-        _check_bounds(*(int(bound) for bound in torch.aminmax(ids)), num_slots)
+        low, high = torch.aminmax(ids)
+        _check_bounds(int(low), int(high), num_slots)
 
 
 def _check_bounds(low: int, high: int, num_slots: int) -> None:
@@ -132,7 +133,7 @@ def forward_from_ids(
     choice_N, experts = _choices_by_expert(topk_ids_TK, w13.shape[0], num_slots)
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
     if experts:
-        weight_N1 = weights_TK.reshape(-1, 1)[choice_N]
+        weight_N1 = weights_TK.reshape(-1).index_select(0, choice_N)[:, None]
         _add_experts(y_TH, x_TH, choice_N // K, weight_N1, experts, w13, w2, activation, None)
     return y_TH.to(x_TH.dtype)
 
