@@ -25,14 +25,16 @@ _COMPARED = 256
 _COUNTED = 1024
 _TILES_OF_A_PROGRAM = 16
 _COMPARING_WARPS = 4
-# Two launches: blocks at most, choices of a part, and how many values of the blocks' counts are added up at once.
+# Two launches: blocks at most, choices of a part, and how many values of the blocks' counts are added up at once. Fewer
+# choices than threads would have each thread load all that it compares with, instead of exchanging them.
 _BLOCKS = 128
 _PART = 128
 _COUNTED_OF_A_BLOCK = 2048
 _ADDED = 16384
 _TILE_PROGRAMS = 16
 _TILES_AT_ONCE = 32
-_BLOCK_WARPS = 8
+_COUNTING_WARPS = 8
+_PLACING_WARPS = 4
 _AFFINE_TOKENS = 64
 
 
@@ -147,7 +149,7 @@ def _write_schedule(
     row_e = stop_e - rows_e - (last_e - tiles_e) * BLOCK_M  # where tile 0 would begin
     for first in range(program * BLOCK_P, P, programs * BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        expert = tl.sum((last_e[None, :] <= p[:, None]).to(tl.int32), axis=1)
+        expert = tl.sum((last_e[:, None] <= p[None, :]).to(tl.int32), axis=0)
         used = expert < BLOCK_E
         row = tl.gather(row_e, tl.where(used, expert, 0), 0) + p * BLOCK_M
         tl.store(tiles_ptr + 2 + 2 * p, tl.where(used, expert, -1), mask=p < P)
@@ -208,12 +210,12 @@ def _plan_few(
         exists = (place < PLACED_T * K) & (c < N)
         expert = _expert(tl.load(ids_ptr + c, mask=exists, other=-1), exists, E)
         key = expert * N + c
-        before = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.int32)
+        before = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.int32)
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             other = _expert(tl.load(ids_ptr + n, mask=n < N, other=-1), n < N, E) * N + n
-            before += (other[None, :] < key[:, None]).to(tl.int32)
-        row = tl.sum(before, axis=1)
+            before += (other[:, None] < key[None, :]).to(tl.int32)
+        row = tl.sum(before, axis=0)
         # Choices without a row come last in this order: they fill the rows that belong to nobody.
         tl.store(row_token_ptr + row, tl.where(expert < E, c // K, 0), mask=exists)
         tl.store(slot_row_ptr + c, tl.where(expert < E, row, -1), mask=exists)
@@ -306,9 +308,9 @@ def _place_blocks(
             expert = _expert(id, exists, E)
             following = c + PART_T * K
             id = tl.load(ids_ptr + following, mask=(place < PART_T * K) & (following < N), other=-1)
-            same_before = (expert[None, :] == expert[:, None]) & (place[None, :] < place[:, None])
+            same_before = (expert[:, None] == expert[None, :]) & (place[:, None] < place[None, :])
             has_row = expert < E
-            row = tl.gather(next_e, tl.where(has_row, expert, 0), 0) + tl.sum(same_before.to(tl.int32), axis=1)
+            row = tl.gather(next_e, tl.where(has_row, expert, 0), 0) + tl.sum(same_before.to(tl.int32), axis=0)
             tl.store(row_token_ptr + row, c // K, mask=has_row)
             tl.store(slot_row_ptr + c, tl.where(has_row, row, -1), mask=exists)
             tl.store(row_token_ptr + c, 0, mask=exists & (c >= total))  # a row that belongs to nobody
@@ -428,7 +430,7 @@ def prepare(
         COUNTED=min(_next_power_of_2(part_t * parts * K), _COUNTED_OF_A_BLOCK),
         BLOCK_K=block_k,
         BLOCK_E=block_e,
-        num_warps=_BLOCK_WARPS,
+        num_warps=_COUNTING_WARPS,
     )
     tile_programs = min(max(_parts(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
     _place_blocks[(tile_programs + B,)](
@@ -451,6 +453,6 @@ def prepare(
         BLOCK_C=_next_power_of_2(part_t * K),
         BLOCK_E=block_e,
         BLOCK_P=_TILES_AT_ONCE,
-        num_warps=_BLOCK_WARPS,
+        num_warps=_PLACING_WARPS,
     )
     return result
