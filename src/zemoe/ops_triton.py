@@ -5,7 +5,7 @@ T tokens, H hidden size, E FFN experts, A slots, K choices, N = T * K row bound,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +16,7 @@ from .ops import define
 
 HAS_TRITON = find_spec("triton") is not None
 MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts and prepare can hold
+MOST_PAIRS = 2**31 - 2**20  # T * K: kernels count rows in int32, and look a block further than the last
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -28,6 +29,25 @@ def can_run(*tensors: Tensor | None) -> bool:
     if not HAS_TRITON or any(tensor.device.type != "cuda" for tensor in given):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+
+
+def _implements(name: str) -> Callable[[Callable], Callable]:
+    """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
+
+    Triton launches on the current device, which need not be the one that holds the tensors.
+    """
+
+    def register(kernel: Callable) -> Callable:
+        def on_its_device(first: Tensor, *args):
+            if first.get_device() == torch.cuda.current_device():
+                return kernel(first, *args)
+            with torch.cuda.device(first.device):
+                return kernel(first, *args)
+
+        torch.library.impl(f"zemoe::{name}", "CUDA", on_its_device)
+        return kernel
+
+    return register
 
 
 def _pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
@@ -43,11 +63,13 @@ def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
 define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 
-@torch.library.impl("zemoe::router_logits", "CUDA")
+@_implements("router_logits")
 def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
     from .kernels.triton.router import router_logits
 
-    return router_logits(*(tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, weight)))
+    # Not contiguous(): for that a dimension of size 1 may have any stride.
+    rows = (t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
+    return router_logits(*rows)
 
 
 @torch.library.register_fake("zemoe::router_logits")
@@ -68,7 +90,7 @@ define(
 )
 
 
-@torch.library.impl("zemoe::select_experts", "CUDA")
+@_implements("select_experts")
 def _select_experts_cuda(
     logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
 ) -> tuple[Tensor, Tensor]:
@@ -80,7 +102,7 @@ def _select_experts_cuda(
         num_experts=num_experts,
         scoring=scoring,
         renormalize=renormalize,
-        bias=bias,
+        bias=None if bias is None else bias.contiguous(),
         scaling=scaling,
         num_expert_group=num_expert_group or None,
         topk_group=topk_group or None,
@@ -127,12 +149,19 @@ define(
 )
 
 
-@torch.library.impl("zemoe::prepare", "CUDA")
+@_implements("prepare")
 def _prepare_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
-    from .kernels.triton.plan import prepare
+    from .kernels.triton.plan import CONSTANT, prepare
 
+    if topk_ids.numel() >= MOST_PAIRS:
+        raise ValueError(f"topk_ids must have fewer than {MOST_PAIRS} entries, got {tuple(topk_ids.shape)}")
+    constants = sum(count for kind, count in _pairs(kinds) if kind == CONSTANT)
+    needed = (len(topk_ids), constants, 2)
+    if constants and (constant_logits is None or tuple(constant_logits.shape) != needed):
+        got = None if constant_logits is None else tuple(constant_logits.shape)
+        raise ValueError(f"constant_logits must have shape {needed}, got {got}")
     *made, beta = prepare(
         weights,
         topk_ids,
@@ -140,8 +169,8 @@ def _prepare_cuda(
         num_slots=num_slots,
         block_m=block_m,
         kinds=_pairs(kinds),
-        scale_S=scale,
-        constant_logits_TC2=constant_logits,
+        scale_S=None if scale is None else scale.contiguous(),
+        constant_logits_TC2=None if constant_logits is None else constant_logits.float(),
     )
     return (*made, weights.new_empty((len(weights), 0)) if beta is None else beta)
 
@@ -187,13 +216,13 @@ define(
 )
 
 
-@torch.library.impl("zemoe::moe_ffn_tiles", "CUDA")
+@_implements("moe_ffn_tiles")
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
     from .kernels.triton.forward import moe_ffn
 
-    how = tile_sizes.schedule(block_m, *slot_row.shape, w13)
+    how = tile_sizes.schedule(block_m, *slot_row.shape, w13, w2)
     return moe_ffn(x, weights, row_token, slot_row, offsets, tiles, w13, w2, (alpha, beta, value), activation, how)
 
 

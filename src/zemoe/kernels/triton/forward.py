@@ -321,8 +321,12 @@ def moe_ffn(
         return x_TH.new_empty(x_TH.shape)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     w13, w2, weights_TK = w13.contiguous(), w2.contiguous(), weights_TK.contiguous()
-    if not w13.numel():  # no FFN experts: no choice has a row, and nobody reads what stands for them
-        return combine(x_TH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
+    alpha_T, beta_TC, value_CH = affine
+    affine = alpha_T.contiguous(), beta_TC, None if value_CH is None else value_CH.contiguous()
+    N = len(row_token_N)
+    if not w13.numel() or not N:  # no product: without experts nobody reads the rows, experts of width 0 return zeros
+        rows_NH = x_TH.new_zeros((N, x_TH.shape[1])) if len(w13) else x_TH
+        return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     if how.block_m == 1:
         return one_token(x_TH, weights_TK, slot_row_TK, tiles, w13, w2, affine, activation, how)
     inner_NI = gate_up(x_TH, row_token_N, offsets, tiles, w13, activation, how.gate_up)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Of a program, on Hopper.
+_SHARED_MEMORY = 227 * 1024
+
 
 @dataclass(frozen=True)
 class Product:
@@ -54,13 +57,14 @@ def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
     return 128
 
 
-def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor) -> Schedule:
-    """The Schedule of a layer with tiles of block_m rows and weights w13 [E, 2I, H] on a CUDA device."""
+def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
+    """The Schedule of a layer with tiles of block_m rows and weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device."""
     E, two_i, H = w13.shape
     I = two_i // 2
     device = torch.cuda.get_device_properties(w13.device)
-    # A descriptor's rows must be multiples of 16 bytes and start at one.
-    tma = device.major >= 9 and H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0
+    # A descriptor's rows must be multiples of 16 bytes and start at one; the tiles below it need a large shared memory.
+    large = device.major >= 9 and device.shared_memory_per_block_optin >= _SHARED_MEMORY
+    tma = large and H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     block_h = min(_power_of_2(H), 8192)
     if block_m == 1:
         # Dot products of a few rows: enough programs, each with enough loads in flight.
@@ -78,7 +82,7 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor) -> Schedule
     if block_m == 64:
         return Schedule(64, Product(64, 64, 128, 4, 3, True), Product(64, 128, 128, 4, 2, True), block_h)
     gate_up = Product(128, 128, 64, 8, 4, True)
-    rows = num_tokens * top_k / E  # of an expert, if no choice were a zero-computation expert
+    rows = num_tokens * top_k / max(E, 1)  # of an expert, if no choice were a zero-computation expert
     if rows <= 128:  # one tile an expert: reading weights takes the time
         down = Product(128, 128, 128, 8, 3, True)
     elif rows <= 320:
