@@ -14,7 +14,8 @@ split   many tokens: W is split once by a small launch, then one large product t
 Nothing that is not finite spreads: a token's logits depend on its own x and on W alone. NaN in a token's x makes all
 its logits NaN; an infinity makes each of them an infinity or NaN (float32 may have the infinity where this has NaN;
 routing gives up the token in either case). NaN or infinity in a row of W does to that slot's logits what it does in
-float32. Finite weights stay finite in every part; beyond 2^13 (float16 x: 2^10) in size they lose accuracy by and by.
+float32. Every part of a finite weight is finite. What no router has: with float16 x a weight beyond 2047 counts as
+2047, in the split way one beyond 8192 keeps 9 bits or more, and logits beyond 2^115 overflow.
 
 Legend: T tokens, R rows of the router weight (slots), H hidden size, S slices of H.
 """
@@ -36,11 +37,11 @@ _BFLOAT16_MAX = tl.constexpr(3.3895313892515355e38)
 _SCALE_BFLOAT16 = tl.constexpr(4096.0)
 _SCALE_FLOAT16 = tl.constexpr(64.0)
 
-
-# What a step of the tensor core cuts off on average, in units of the power of two below the sum. Half a bit would be
-# 1.0 * 2^-24; measured are 0.70 to 0.76 of that for both dtypes and H = 2048 to 6144, many products being shorter.
+# What a step of the tensor core cuts off on average, over the power of two below the sum. If the bits cut off were
+# random it would be 2^-24; on an H100 the error is 0.70 to 0.76 of that, for both dtypes and H from 2048 to 6144.
 _CUT_OFF = tl.constexpr(0.72 * 2.0**-24)
-# Blocks of H between two corrections in the split way; each costs about as much as a fifth of a block.
+# Blocks of H between two corrections in the split way. With none, 8 and 4 three runs took 474, 476 and 488 us at
+# T = 16384, 768 x 6144.
 _UNBIAS_EVERY = 4
 
 
@@ -54,16 +55,24 @@ class Way(NamedTuple):
     slices: int
     warps: int
     stages: int
-    parts: int = 2
 
 
 def choose_way(T: int, R: int, H: int, dtype: torch.dtype, aligned: bool) -> Way:
     """The way for a shape; `aligned`: rows of x and of a [R, H] 16-bit matrix start at multiples of 16 bytes.
 
-    Every bound below is the best of what was timed on an H100 (132 processors) for R x H = 768 x 6144, 384 x 3072 and
-    96 x 2048 at T = 1 .. 16384.
+    Timed on an H100 (132 processors), bfloat16 x, W out of the cache, R x H = 768 x 6144 / 384 x 3072 / 96 x 2048, in
+    microseconds; slices are not summed here, which takes 2 to 3 more (6 at T = 2048):
+
+        T              1            4            8           64          512        1024       4096        16384
+        one      9.0/4.0/2.2 11.2/5.4/2.6 17.5/6.6/2.9
+        direct                            10.1/5.0/3.6 11.3/5.7/3.8   32/11/5.7   66/18/8  265/73/19
+        split                                                                     55/19/-  174/58/19    488/157/45
+        float32     12/7/7     32/17/11     30/19/57     37/21/13    121/44/22  237/75/28 875/263/91 3308/1042/282
+
+    Tiles of 128 x 256 reach 634 TFLOP/s at 768 x 6144, but a third of them would be padding at R = 384.
     """
-    if T <= 8:
+    # Each program of `one` reads all of x: 8 tokens of a large layer are better off in tiles.
+    if T <= 4 or (T <= 8 and R * H <= 2**21):
         block_t = triton.next_power_of_2(T)
         rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
         return Way("one", block_t, rows, min(columns, triton.next_power_of_2(H)), 1, 4, 1)
@@ -103,23 +112,13 @@ def _two_parts(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def _three_parts(w):
-    """Three bfloat16 parts of a float32 `w`, which add up to it exactly."""
-    high = tl.clamp(w, -_BFLOAT16_MAX, _BFLOAT16_MAX).to(tl.bfloat16)
-    rest = w - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    # An infinity is in `middle` already.
-    low = tl.where(w - w == 0, rest - middle.to(tl.float32), 0.0).to(tl.bfloat16)
-    return high, middle, low
-
-
-@triton.jit
 def _unbias(acc, steps):
     """The sum `acc` with what `steps` steps of a tensor core have cut off added again, in the mean.
 
-    A step adds 16 products to the sum and drops the bits of the result below the last place of a float32, half a unit
-    of that place on average and always towards zero. Over the 768 steps of H = 6144 that is 1.4e-5 of the logits,
-    unevenly by where the sum has been on the way: enough to change 19 sets in 100,000.
+    A step adds 16 products to the sum and drops the bits of the result below the last place of a float32: towards zero,
+    so that it adds up, and the more the larger the sum has been on its way. Of 600,000 random tokens (12 of 768, 384
+    and 96 slots) 47 get another set of ids than float64 has without this, 10 with it; 10 in a float32 matmul, 24 in the
+    direct way, which starts each block at zero and has two bfloat16 parts.
     """
     power = (acc.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # sign and power of two
     return acc + power * (steps * _CUT_OFF)
@@ -169,7 +168,6 @@ def _direct(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """A tile of logits summed over one slice of H, into out [S, T, R]. W is the left operand: parts in registers."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -189,15 +187,10 @@ def _direct(
         # Each block's sum starts at zero: what a tensor core cuts off (see _unbias) is then nothing beside `acc`.
         if dtype == tl.float16:
             high, low = _two_parts(w, dtype)
-            block = tl.dot(low, x)
         else:
-            high, middle, low = _three_parts(w)
-            if PARTS == 3:
-                block = tl.dot(low, x)
-                block = tl.dot(middle, x, block)
-            else:
-                block = tl.dot(middle, x)
-        acc += tl.dot(high, x, block)
+            high = tl.clamp(w, -_BFLOAT16_MAX, _BFLOAT16_MAX).to(dtype)
+            low = (w - high.to(tl.float32)).to(dtype)
+        acc += tl.dot(high, x, tl.dot(low, x))
     if dtype == tl.float16:
         acc *= 1.0 / _SCALE_FLOAT16
     out_ptrs = out_ptr + s.to(tl.int64) * T * R + t[None, :].to(tl.int64) * R + r[:, None]
@@ -307,7 +300,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
         _one[(tiles_r,)](x_TH, weight_RH, out_STR, T, R, H, *strides, **tile, **launch)
     elif way.path == "direct":
         grid = (tiles_r, tiles_t, S)
-        _direct[grid](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, PARTS=way.parts, **launch)
+        _direct[grid](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, **launch)
     else:
         assert aligned
         high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
