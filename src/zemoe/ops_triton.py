@@ -1,4 +1,4 @@
-"""The operators of the `triton` backend: on CUDA devices only, without gradients. Kernels are imported when first called.
+"""The operators of the `triton` backend: on CUDA devices only, without gradients. A call imports its kernels.
 
 T tokens, H hidden size, E FFN experts, A slots, K choices, N = T * K row bound, P tile bound, C constant experts.
 """
@@ -50,6 +50,11 @@ def _implements(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def _with_rows(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy, with stride 1 along its rows; contiguous() lets a row of one element have any stride."""
+    return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
+
+
 def _pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
@@ -67,9 +72,7 @@ define("router_logits(Tensor x, Tensor weight) -> Tensor")
 def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
     from .kernels.triton.router import router_logits
 
-    # Not contiguous(): for that a dimension of size 1 may have any stride.
-    rows = (t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
-    return router_logits(*rows)
+    return router_logits(_with_rows(x), _with_rows(weight))
 
 
 @torch.library.register_fake("zemoe::router_logits")
@@ -222,7 +225,8 @@ def _moe_ffn_tiles_cuda(
 ) -> Tensor:
     from .kernels.triton.forward import moe_ffn
 
-    how = tile_sizes.schedule(block_m, *slot_row.shape, w13, w2)
+    T, K = slot_row.shape
+    how = tile_sizes.schedule(block_m, T, K, w13, w2)
     return moe_ffn(x, weights, row_token, slot_row, offsets, tiles, w13, w2, (alpha, beta, value), activation, how)
 
 
