@@ -201,7 +201,7 @@ class Case:
         return Inputs(
             normal(self.T, self.H).to(dtype),
             (normal(self.E, 2 * self.I, self.H) * (1.2 / self.H**0.5)).to(dtype),
-            (normal(self.E, self.H, self.I) * (2.5 / self.I**0.5)).to(dtype),
+            (normal(self.E, self.H, self.I) * (2.5 / max(self.I, 1) ** 0.5)).to(dtype),
             0.5 + 0.5 * torch.rand(self.T, self.K, generator=generator),
             self.ids(self, generator),
             affine,
