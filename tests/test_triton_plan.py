@@ -123,6 +123,10 @@ def test_many_tiles(way, device):
     check(random_ids(40, 4, 9), 9, device, way, block_m=1)
 
 
+def test_more_tiles_than_programs_write_at_once(device):
+    check(random_ids(150, 4, 9), 9, device, "parts", block_m=1)
+
+
 @pytest_ways
 def test_only_zero_experts(way, device):
     check(8 + random_ids(12, 4, 5), 8, device, way, kinds=((IDENTITY, 5),))
@@ -183,6 +187,27 @@ def test_a_part_of_something_larger(way, device):
     for left, right in zip(outputs[:5], alone[:5], strict=True):
         assert_bitwise(left, right)
     assert outputs[4].isfinite().all()
+
+
+@pytest_ways
+def test_writes_nothing_beside_its_results(way, device, monkeypatch):
+    made = []
+
+    def between_bands(size, *, dtype, device):
+        rows = torch.Size([size] if isinstance(size, int) else size).numel()
+        memory = torch.full((rows + 256,), 77, dtype=dtype, device=device)
+        made.append((memory, rows))
+        return memory[128 : 128 + rows].view(size)
+
+    monkeypatch.setattr(torch, "empty", between_bands)
+    ids = random_ids(11, 7, 40, low=-9)
+    ids[5] = 2**40 + torch.arange(7)
+    weights = torch.rand(11, 7)
+    prepare(weights.to(device), ids.to(device), num_experts=17, num_slots=-1, block_m=4, kinds=(), **WAYS[way])
+    monkeypatch.undo()
+    assert len(made) >= 5
+    for memory, rows in made:
+        assert (memory[:128] == 77).all() and (memory[128 + rows :] == 77).all()
 
 
 @pytest_ways

@@ -21,19 +21,20 @@ ZERO, IDENTITY, SCALED, CONSTANT = range(4)
 MOST_COMPARED = 2048
 # One launch: choices that a program places, how many it compares them with at once, tiles of a program.
 _PLACED = 16
-_COMPARED = 256
+_COMPARED = 512
 _COUNTED = 1024
 _TILES_OF_A_PROGRAM = 16
 _COMPARING_WARPS = 4
 # Two launches: blocks at most, choices of a part, and how many values of the blocks' counts are added up at once. Fewer
 # choices than threads would have each thread load all that it compares with, instead of exchanging them.
 _BLOCKS = 128
+_MANY_CHOICES, _BLOCKS_OF_MANY = 100_000, 256  # two programs a multiprocessor hide each other's waiting
 _PART = 128
 _COUNTED_OF_A_BLOCK = 2048
 _ADDED = 16384
 _TILE_PROGRAMS = 16
 _TILES_AT_ONCE = 32
-_COUNTING_WARPS = 8
+_COUNTING_WARPS = 4
 _PLACING_WARPS = 4
 _AFFINE_TOKENS = 64
 
@@ -329,7 +330,7 @@ def prepare(
     scale_S: Tensor | None = None,
     constant_logits_TC2: Tensor | None = None,
     most_compared: int = MOST_COMPARED,
-    most_blocks: int = _BLOCKS,
+    most_blocks: int | None = None,
     part: int = _PART,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Everything that the experts need to know of the routing, in one launch up to `most_compared` choices, else two.
@@ -409,6 +410,8 @@ def prepare(
         )
         return result
 
+    if most_blocks is None:
+        most_blocks = _BLOCKS if N < _MANY_CHOICES else _BLOCKS_OF_MANY
     part_t = max(part // K, 1)
     parts = _parts(_parts(T, part_t), most_blocks)
     B = _parts(T, part_t * parts)
