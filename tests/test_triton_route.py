@@ -164,7 +164,22 @@ def test_lost_tokens(scoring, renormalize, device):
         )
         assert weights[lost].isnan().all() and ((ids >= 0) & (ids < 22)).all()
         if groups is None:
+            assert (ids[lost] == torch.arange(6)).all()
             assert_bitwise(weights[[1, 5]], whole[0])
+
+
+@pytest.mark.parametrize("groups", [(None, None), (5, 5)])
+def test_a_bias_of_nan_chooses_no_slot_that_is_not_there(groups, device):
+    bias = torch.full((10,), -(2**22), dtype=torch.int32).view(torch.float32)  # the NaN with the sign bit
+    _, ids = select_experts(
+        random_logits(2, 10).to(device),
+        10,
+        num_experts=10,
+        bias=bias.to(device),
+        num_expert_group=groups[0],
+        topk_group=groups[1],
+    )
+    assert ((ids >= 0) & (ids < 10)).all()
 
 
 @pytest.mark.parametrize("renormalize", ["real", "nonnull"])

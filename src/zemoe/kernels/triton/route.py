@@ -56,8 +56,8 @@ def _score(logit, largest, total, SCORING: tl.constexpr):
 
 @triton.jit
 def _order(value):
-    """float32 to int32 of the same order; -0.0 and 0.0 are one value."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    """float32 to int32 of the same order. No value here is -0.0: scores and sums with them are not."""
+    bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -69,13 +69,13 @@ def _take_best(key, best, slot):
 
 
 @triton.jit
-def _limit_to_groups(choice, g, s, topk_group, G: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _limit_to_groups(choice, g, s, topk_group, HAS_BIAS: tl.constexpr):
     """`choice` with -inf outside the `topk_group` best of the groups in its rows; equal groups by lower number."""
     value = tl.max(choice, axis=1, keep_dims=True)
     if HAS_BIAS:
         first = tl.min(tl.where(choice == value, s, _NO_SLOT), axis=1, keep_dims=True)
         value += tl.max(tl.where(s == first, -float("inf"), choice), axis=1, keep_dims=True)
-    key = tl.where(g < G, _order(value), _TAKEN)
+    key = _order(value)
     inside = g < 0
     for _ in range(topk_group):
         group, key = _take_best(key, tl.max(key), g)
@@ -141,7 +141,8 @@ def _route(
         choice = tl.where(logits[i] == -float("inf"), -float("inf"), choice)
         choice = tl.where(lost, 0.0, choice)  # then the first K slots
         if G > 1:
-            choice = _limit_to_groups(tl.where(exists, choice, -float("inf")), g, s, topk_group, G, HAS_BIAS)
+            choice = _limit_to_groups(tl.where(exists, choice, -float("inf")), g, s, topk_group, HAS_BIAS)
+        # Even a NaN in the bias must not let a slot beyond A come before another.
         key = tl.where(exists, _order(choice), _TAKEN)
         keys = keys + (key,)
         bests = bests + (tl.max(key),)
@@ -238,7 +239,7 @@ def select_experts(
         ids_TK,
         logits_TA.stride(0),
         top_k,
-        scaling,
+        float(scaling),
         topk_group,
         0 if bias is None else bias.shape[0],
         E=num_experts,
