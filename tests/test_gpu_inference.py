@@ -215,16 +215,22 @@ def test_nothing_to_compute(case: Case) -> None:
     judge(layer(case, on_gpu(inputs)), case.reference(inputs), case.reference(inputs, torch.float16))
 
 
+def poison(like: Tensor, *shape: int) -> Tensor:
+    """Values that show where somebody reads them: NaN, or an expert that is there."""
+    value = NAN if like.is_floating_point() else 1
+    return torch.full(shape, value, dtype=like.dtype, device=like.device)
+
+
 def moved(tensor: Tensor) -> Tensor:
     """The same values one element off any alignment."""
-    memory = torch.full((tensor.numel() + 1,), NAN, dtype=tensor.dtype, device=tensor.device)
+    memory = poison(tensor, tensor.numel() + 1)
     memory[1:] = tensor.flatten()
     return memory[1:].view(tensor.shape)
 
 
 def strided(tensor: Tensor) -> Tensor:
     """The same values, every other element of a larger tensor."""
-    memory = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), NAN, dtype=tensor.dtype, device=tensor.device)
+    memory = poison(tensor, *tensor.shape[:-1], 2 * tensor.shape[-1])
     memory[..., ::2] = tensor
     return memory[..., ::2]
 
@@ -253,7 +259,7 @@ def test_expanded_tensors() -> None:
         x, weight = tokens(1).expand(T, -1), torch.randn(768, 64, device="cuda")
         assert_bitwise(router_logits(x, weight).cpu(), router_logits(x.contiguous(), weight).cpu())
         column, row = tokens(T).T[:1].T, weight.T[:1].T
-        torch.testing.assert_close(router_logits(column, row), column.float() * row[:, 0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(router_logits(column, row), column.float() * row[:, 0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [16, 24])
