@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import cdiv
+
 
 @triton.jit
 def affine_terms(x, alpha, beta, value, column_N, H: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
@@ -73,7 +75,7 @@ def combine(
     """out_t = sum_k weight_tk rows[slot_row_tk] + alpha_t x_t + beta_t @ value, [T, H] in x's dtype."""
     T, H = x_TH.shape
     out_TH = torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device)
-    _combine[(T, triton.cdiv(H, block_h))](
+    _combine[(T, cdiv(H, block_h))](
         rows_NH,
         slot_row_TK,
         weights_TK,

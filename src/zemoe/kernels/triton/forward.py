@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import affine_terms, combine
-from .tiles import Product, Schedule
+from .tiles import Product, Schedule, cdiv
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def gate_up(
     (E, two_I, H), N = w13.shape, row_token_N.shape[0]
     I = two_I // 2
     inner_NI = x_TH.new_empty((N, I))
-    grid = (how.programs((tiles.shape[0] - 1) * triton.cdiv(I, how.block_n)),)
+    grid = (how.programs((tiles.shape[0] - 1) * cdiv(I, how.block_n)),)
     _gate_up[grid](
         x_TH,
         row_token_N,
@@ -239,7 +239,7 @@ def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Prod
     """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were."""
     (_, H, I), N = w2.shape, inner_NI.shape[0]
     out_NH = inner_NI.new_empty((N, H))
-    grid = (how.programs((tiles.shape[0] - 1) * triton.cdiv(H, how.block_n)),)
+    grid = (how.programs((tiles.shape[0] - 1) * cdiv(H, how.block_n)),)
     _down[grid](
         _descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
         offsets,
@@ -277,11 +277,11 @@ def one_token(
     inner_NI = x_TH.new_empty((K, I))
     out_TH = x_TH.new_empty((1, H))
     block_n, block_k = how.gate_up.block_n, how.gate_up.block_k
-    _gate_up_one[(tiles.shape[0] - 1, triton.cdiv(I, block_n))](
+    _gate_up_one[(tiles.shape[0] - 1, cdiv(I, block_n))](
         x_TH, tiles, w13, inner_NI, H, I, activation, block_n, block_k, num_warps=how.gate_up.warps
     )
     block_n, block_k = how.down.block_n, how.down.block_k
-    _down_one[(triton.cdiv(H, block_n),)](
+    _down_one[(cdiv(H, block_n),)](
         inner_NI,
         slot_row_TK,
         weights_TK,

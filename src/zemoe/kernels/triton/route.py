@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import cdiv, next_power_of_2
+
 # Below the key of every float but one NaN, -inf included.
 _TAKEN = tl.constexpr(-(2**31))
 _NO_SLOT = tl.constexpr(2**31 - 1)
@@ -228,10 +230,10 @@ def select_experts(
     if not T:
         return weights_TK, ids_TK
     groups = num_expert_group if num_expert_group is not None else 1
-    block_g, block_s, chunks = triton.next_power_of_2(groups), triton.next_power_of_2(A // groups), 1
+    block_g, block_s, chunks = next_power_of_2(groups), next_power_of_2(A // groups), 1
     chunk = _LONG_CHUNK if A > _LONG_ROW else _CHUNK
     if groups == 1 and chunk < A:
-        block_s, chunks = chunk, triton.cdiv(A, chunk)
+        block_s, chunks = chunk, cdiv(A, chunk)
     _route[(T,)](
         logits_TA,
         bias,
@@ -252,7 +254,7 @@ def select_experts(
         CHUNKS=chunks,
         BLOCK_G=block_g,
         BLOCK_S=block_s,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         num_warps=max(1, block_g * block_s // _SLOTS_OF_A_WARP),
     )
     return weights_TK, ids_TK

@@ -30,6 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .tiles import cdiv, next_power_of_2
+
 _FLOAT16_MAX = tl.constexpr(65504.0)
 _BFLOAT16_MAX = tl.constexpr(3.3895313892515355e38)
 # W is multiplied by 2^12 or 2^6 before it is split, the sums divided by it: a float16 part then has all of its bits for
@@ -73,25 +75,25 @@ def choose_way(T: int, R: int, H: int, dtype: torch.dtype, aligned: bool) -> Way
     """
     # Each program of `one` reads all of x: 8 tokens of a large layer are better off in tiles.
     if T <= 4 or (T <= 8 and R * H <= 2**21):
-        block_t = triton.next_power_of_2(T)
+        block_t = next_power_of_2(T)
         rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
-        return Way("one", block_t, rows, min(columns, triton.next_power_of_2(H)), 1, 4, 1)
+        return Way("one", block_t, rows, min(columns, next_power_of_2(H)), 1, 4, 1)
     if T * R >= 1024 * 768 and aligned:
-        if triton.cdiv(R, 256) * 256 < 1.15 * R:
+        if cdiv(R, 256) * 256 < 1.15 * R:
             # Shared memory is full with 3 blocks of both parts and 2 of bfloat16 x; float16 x needs as many as parts.
             stages = 3 if dtype == torch.bfloat16 else 2
-            slices = 132 // (triton.cdiv(T, 128) * triton.cdiv(R, 256))
+            slices = 132 // (cdiv(T, 128) * cdiv(R, 256))
             return Way("split", 128, 256, 64, max(1, min(slices, H // 512)), 8, stages)
-        slices = 264 // (triton.cdiv(T, 64) * triton.cdiv(R, 128))
+        slices = 264 // (cdiv(T, 64) * cdiv(R, 128))
         return Way("split", 64, 128, 64, max(1, min(slices, H // 512)), 4, 3)
     # Enough slices for one program on each processor, two where tiles are large; two blocks of H for each at least.
-    tiles_r = triton.cdiv(R, 64)
+    tiles_r = cdiv(R, 64)
     if T <= 64:
-        block_t = max(16, triton.next_power_of_2(T))
+        block_t = max(16, next_power_of_2(T))
         slices = 132 // tiles_r
     else:
-        block_t = 64 if triton.cdiv(T, 64) * tiles_r * (H // 128) <= 264 else 128
-        slices = 264 // (triton.cdiv(T, block_t) * tiles_r)
+        block_t = 64 if cdiv(T, 64) * tiles_r * (H // 128) <= 264 else 128
+        slices = 264 // (cdiv(T, block_t) * tiles_r)
     return Way("direct", block_t, 64, 64, max(1, min(slices, H // 128)), 4, 4 if block_t <= 64 else 3)
 
 
@@ -292,9 +294,9 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
     launch = {"num_warps": way.warps, "num_stages": way.stages}
     strides = (x_TH.stride(0), weight_RH.stride(0))
-    tiles_t, tiles_r = triton.cdiv(T, way.block_t), triton.cdiv(R, way.block_r)
-    slice_h = triton.cdiv(triton.cdiv(H, way.slices), way.block_h) * way.block_h
-    S = triton.cdiv(H, slice_h)
+    tiles_t, tiles_r = cdiv(T, way.block_t), cdiv(R, way.block_r)
+    slice_h = cdiv(cdiv(H, way.slices), way.block_h) * way.block_h
+    S = cdiv(H, slice_h)
     out_STR = weight_RH.new_empty((S, T, R))
     if way.path == "one":
         _one[(tiles_r,)](x_TH, weight_RH, out_STR, T, R, H, *strides, **tile, **launch)
@@ -305,7 +307,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
         assert aligned
         high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
         low_RH = torch.empty((R, H), dtype=torch.float16, device=x_TH.device)
-        _split_weight[(R, triton.cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048)
+        _split_weight[(R, cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048)
         block_TH, block_RH = [way.block_t, way.block_h], [way.block_r, way.block_h]
         x_desc = TensorDescriptor(x_TH, [T, H], [x_TH.stride(0), 1], block_TH)
         high_desc = TensorDescriptor(high_RH, [R, H], [H, 1], block_RH)
@@ -324,5 +326,5 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Te
     if S == 1:
         return partial_STR[0]
     out_TR = partial_STR.new_empty((T, R))
-    _sum_slices[(triton.cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2)
+    _sum_slices[(cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2)
     return out_TR

@@ -92,6 +92,19 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
     return Schedule(128, gate_up, down, block_h)
 
 
+# triton's own two take microseconds a call, which adds up over the launches of a token.
+
+
+def cdiv(n: int, size: int) -> int:
+    """Parts of `size` that hold n."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is no smaller than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def _power_of_2(n: int) -> int:
     """The smallest power of 2 that is no smaller than n, at least 16."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, next_power_of_2(n))
