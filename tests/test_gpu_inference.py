@@ -116,6 +116,16 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
     assert entered == [inputs.x_TH.device] * 4
 
 
+def test_tensors_of_several_devices_are_refused() -> None:
+    case = BY_NAME["constants"]
+    inputs = on_gpu(case.inputs(torch.bfloat16))
+    with pytest.raises(ValueError, match="router_logits takes tensors of one device, got cuda:0 and cpu"):
+        OPS.router_logits(inputs.x_TH, torch.ones(3, case.H))
+    here = inputs.affine
+    with pytest.raises(ValueError, match="moe_ffn_tiles takes tensors of one device, got cuda:0 and cpu"):
+        layer(case, inputs, affine=here._replace(constant_value=here.constant_value.cpu()))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_another_device_than_the_current_one() -> None:
     module = moe()
@@ -258,7 +268,8 @@ def test_expanded_tensors() -> None:
     for T in (2, 40, 2048):  # each of the router's ways
         x, weight = tokens(1).expand(T, -1), torch.randn(768, 64, device="cuda")
         assert_bitwise(router_logits(x, weight).cpu(), router_logits(x.contiguous(), weight).cpu())
-        column, row = tokens(T).T[:1].T, weight.T[:1].T
+        column, row = (rows.T.contiguous().T[:, :1] for rows in (tokens(T), weight))  # a row of one, of any stride
+        assert column.stride(1) == max(T, 1) and row.stride(1) == 768
         torch.testing.assert_close(router_logits(column, row), column.float() * row[:, 0], rtol=1e-4, atol=1e-6)
 
 

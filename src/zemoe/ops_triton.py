@@ -34,12 +34,19 @@ def can_run(*tensors: Tensor | None) -> bool:
 def _implements(name: str) -> Callable[[Callable], Callable]:
     """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
 
-    Triton launches on the current device, which need not be the one that holds the tensors.
+    Triton launches on the current device, which need not be the one that holds the tensors, and it takes a pointer to
+    any device's memory.
     """
 
     def register(kernel: Callable) -> Callable:
         def on_its_device(first: Tensor, *args):
-            if first.get_device() == torch.cuda.current_device():
+            index = first.get_device()
+            for other in args:
+                if isinstance(other, Tensor) and other.get_device() != index:
+                    raise ValueError(
+                        f"zemoe::{name} takes tensors of one device, got {first.device} and {other.device}"
+                    )
+            if index == torch.cuda.current_device():
                 return kernel(first, *args)
             with torch.cuda.device(first.device):
                 return kernel(first, *args)
