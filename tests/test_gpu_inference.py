@@ -187,13 +187,14 @@ def test_gradients_take_another_backend_with_the_same_values() -> None:
     with torch.no_grad():
         inferred = layer(case, inputs, None, x_TH=x)
     assert_bitwise(inferred.cpu(), layer(case, inputs).cpu())
-    torch.testing.assert_close(trained, inferred, rtol=2e-2, atol=5e-2)
+    judge(inferred, case.reference(case.inputs(torch.bfloat16)), own)
 
     module, hidden = moe(), tokens(33)
     trained = module(hidden)
     assert trained.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(trained, module(hidden), rtol=3e-2, atol=5e-2)
+        difference = module(hidden).float() - trained.float()
+    assert difference.square().mean() < 1e-4 * trained.float().square().mean()  # bfloat16 rounds by 2^-9 at most
 
 
 def test_autocast() -> None:
