@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from judge import BY_NAME, Case, assert_bitwise, check_selection, judge
+from memory import moved, strided
 from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, reference, select_experts
 from zemoe.experts import resolve_backend
 from zemoe.routing import router_logits
@@ -224,26 +225,6 @@ def test_autocast() -> None:
 def test_nothing_to_compute(case: Case) -> None:
     inputs = case.inputs(torch.float16)
     judge(layer(case, on_gpu(inputs)), case.reference(inputs), case.reference(inputs, torch.float16))
-
-
-def poison(like: Tensor, *shape: int) -> Tensor:
-    """Values that show where somebody reads them: NaN, or an expert that is there."""
-    value = NAN if like.is_floating_point() else 1
-    return torch.full(shape, value, dtype=like.dtype, device=like.device)
-
-
-def moved(tensor: Tensor) -> Tensor:
-    """The same values one element off any alignment."""
-    memory = poison(tensor, tensor.numel() + 1)
-    memory[1:] = tensor.flatten()
-    return memory[1:].view(tensor.shape)
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same values, every other element of a larger tensor."""
-    memory = poison(tensor, *tensor.shape[:-1], 2 * tensor.shape[-1])
-    memory[..., ::2] = tensor
-    return memory[..., ::2]
 
 
 @pytest.mark.parametrize("T", [1, 24])

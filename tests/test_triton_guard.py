@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from judge import Case, Inputs, all_on_one, assert_bitwise, only_zero_experts, with_skips, without_expert_1
+from memory import pretend_hopper
 
 pytest.importorskip("triton")
 from zemoe.affine import AffineParams, kernel_kinds
@@ -140,10 +140,7 @@ def same_in_both(run: Callable[[Fence], list[Tensor | None]], device: str, shift
 
 @pytest.fixture(autouse=True)
 def _a_hopper(device, monkeypatch):
-    """Without a GPU: tile sizes of one all the same."""
-    if device == "cpu":
-        hopper = SimpleNamespace(major=9, shared_memory_per_block_optin=232448, multi_processor_count=3)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
+    pretend_hopper(device, monkeypatch)
 
 
 KINDS = (("constant", 1), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
