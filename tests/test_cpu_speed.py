@@ -160,8 +160,8 @@ class TestFromIds:
             call()
         events = [event for event in profiler.events() if event.name.startswith("aten::")]
         names = [e.name for e in events if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")]
-        assert names.count("aten::bmm") == 4 and "aten::sort" not in names
-        assert len(names) < 80, names  # 66 with torch 2.13
+        assert "aten::sort" not in names
+        assert len(names) < 80, names  # 52 with torch 2.13, 66 without numba
 
 
 class TestProducts:

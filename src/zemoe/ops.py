@@ -33,7 +33,7 @@ def define(schema: str) -> None:
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
 define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor")
-torch.library.impl("zemoe::topk_ids", "CPU", topk.by_repair)
+torch.library.impl("zemoe::topk_ids", "CPU", topk.on_host)
 torch.library.impl("zemoe::topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
 
 

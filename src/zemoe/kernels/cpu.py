@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .products import has_fast_bfloat16, has_onednn, padded_rows, product, products, shared_rows
+from .products import (
+    gather_products,
+    has_fast_bfloat16,
+    has_onednn,
+    loop_rows,
+    padded_rows,
+    product,
+    products,
+    scatter_products,
+    shared_rows,
+)
 
 _MOST_PADDING = 16
 _FEW_CHOICES = 96  # up to here lists of Python numbers are faster than tensors
@@ -177,6 +187,17 @@ def _rows_of_group(starts: list[int], M: int) -> slice | Tensor:
     return start_G if M == 1 else (start_G[:, None] + torch.arange(M)).view(-1)
 
 
+def _rows_of_experts(experts: list[tuple[int, int, int]]) -> tuple[slice | Tensor, list[int]]:
+    """Which rows belong to these experts, and where in them each one's begin, with the end of the last."""
+    begins = [0]
+    for _, _, M in experts:
+        begins.append(begins[-1] + M)
+    start, end = experts[0][1], experts[-1][1] + experts[-1][2]
+    if end - start == begins[-1]:
+        return slice(start, end), begins
+    return torch.cat([torch.arange(start, start + M) for _, start, M in experts]), begins
+
+
 def _add_experts(
     y_TH: Tensor,
     x_TH: Tensor,
@@ -190,6 +211,18 @@ def _add_experts(
 ) -> None:
     """Add each expert's weighted rows to y; token_N and weight_N1 go on for some entries after the last row."""
     act = ACTIVATIONS[activation].forward
+    most = loop_rows(x_TH, w13, w2)
+    few = [expert for expert in experts if expert[2] <= most]
+    if few:
+        experts = [expert for expert in experts if expert[2] > most]
+        rows, begins = _rows_of_experts(few)
+        token = token_N[rows]
+        both_R2I = gather_products(x_TH, token, w13, few, begins)
+        if preact_N2I is not None:
+            preact_N2I[rows] = both_R2I
+        gate_RI, up_RI = both_R2I.chunk(2, dim=1)
+        inner_RI = act(gate_RI).mul_(up_RI).mul_(weight_N1[rows])
+        scatter_products(inner_RI, token, w2, few, begins, y_TH)
     shared = min(shared_rows(w13), shared_rows(w2))
     by_count: dict[int, list[tuple[int, int]]] = {}
     alone = []

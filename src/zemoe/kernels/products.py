@@ -9,12 +9,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .topk import HAS_NUMBA
+
+_LOOP_ROWS = 32  # rows of one expert, up to which our compiled loops beat torch; _SMALL_WEIGHT_ROWS for small weights
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
 _MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
 _SWAP_ROWS = 96  # above, the two orders of the factors take the same time
 _DIRECT_ROWS = 16
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
+
+
+def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
+    """Up to how many rows an expert `gather_products` and `scatter_products` are the better routines; 0 for never.
+
+    They take float32 in one piece, and need numba.
+    """
+    if not HAS_NUMBA or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x_TH, w13, w2)):
+        return 0
+    return _SMALL_WEIGHT_ROWS if w13.shape[1] * w13.shape[2] <= _SMALL_WEIGHT else _LOOP_ROWS
+
+
+def gather_products(
+    x_TH: Tensor, token_N: Tensor, weight_EOH: Tensor, experts: list[tuple[int, int, int]], begins: list[int]
+) -> Tensor:
+    """[N, O]: the transposed weight of each row's expert times the row's token; begins: where each expert's rows do."""
+    out_NO = x_TH.new_empty((len(token_N), weight_EOH.shape[1]))
+    _multiply(x_TH, token_N, weight_EOH, experts, begins, out_NO, gather=True)
+    return out_NO
+
+
+def scatter_products(
+    rows_NI: Tensor,
+    token_N: Tensor,
+    weight_EOI: Tensor,
+    experts: list[tuple[int, int, int]],
+    begins: list[int],
+    y_TO: Tensor,
+) -> None:
+    """Add to each row's token in y the transposed weight of the row's expert times the row, in the order of experts."""
+    _multiply(rows_NI, token_N, weight_EOI, experts, begins, y_TO, gather=False)
+
+
+def _multiply(
+    x: Tensor,
+    token_N: Tensor,
+    weight: Tensor,
+    experts: list[tuple[int, int, int]],
+    begins: list[int],
+    out: Tensor,
+    *,
+    gather: bool,
+) -> None:
+    import numpy as np  # with numba, which needs it
+
+    from .loops import multiply
+
+    arrays = (tensor.detach().numpy() for tensor in (x, weight, token_N.contiguous()))
+    x_array, weight_array, token_array = arrays
+    ids, offsets = np.array([e for e, _, _ in experts]), np.array(begins)
+    multiply(x_array, weight_array, token_array, ids, offsets, out.detach().numpy(), gather, torch.get_num_threads())
 
 
 def shared_rows(weight_EOI: Tensor) -> int:

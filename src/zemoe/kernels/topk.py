@@ -5,11 +5,14 @@ T tokens, A slots. A slot whose logit is -inf counts as -inf, whatever its value
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+HAS_NUMBA = find_spec("numba") is not None
+_MOST_ALONE = 2**15  # values, up to which one thread is done before a second one starts
 _FEW = 64  # values, up to which Python looks at them faster than torch
 _NEVER = float("-inf")
 
@@ -27,6 +30,29 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
     lower_first = torch.arange(A - 1, -1, -1, device=choice_TA.device)
     key = (rank.to(torch.int64) << 32) | lower_first
     return A - 1 - (key.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
+    """[T, k] int64 ids by a compiled loop; for the host, where numba is installed. float32."""
+    from .loops import largest, largest_by_threads
+
+    T, A = choice_TA.shape
+    ids_TK = torch.empty((T, k), dtype=torch.int64)
+    if not T:
+        return ids_TK
+    choice = choice_TA.detach().contiguous().numpy()
+    logits = choice if logits_TA is None else logits_TA.detach().contiguous().numpy()
+    if T * A < _MOST_ALONE:
+        largest(choice, logits, logits_TA is not None, ids_TK.numpy(), 0, T)
+    else:
+        largest_by_threads(choice, logits, logits_TA is not None, ids_TK.numpy(), torch.get_num_threads())
+    return ids_TK
+
+
+def on_host(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
+    """[T, k] int64 ids by whichever of the two ways for the host there is."""
+    loops = HAS_NUMBA and choice_TA.dtype == torch.float32 and (logits_TA is None or logits_TA.dtype == torch.float32)
+    return (by_loops if loops else by_repair)(choice_TA, logits_TA, k)
 
 
 def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:

@@ -1,0 +1,159 @@
+"""Loops for CPUs, compiled by numba, which only this file imports: products of a few rows, and the k largest values.
+
+torch multiplies one expert at a time, and libraries made for large products take two to three times as long as reading
+a weight takes when there are few rows. E experts, O rows of a weight, H its columns, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numba
+import numpy as np
+
+
+def _has_safe_threads() -> bool:
+    """Whether numba has threads that several Python threads may use at a time; its own ones end the process then."""
+    for pool in ("tbbpool", "omppool"):
+        try:
+            import_module(f"numba.np.ufunc.{pool}")
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+def _compiled(**how: Any) -> Callable[[Callable], Callable]:
+    """numba.njit, kept on disk from one process to the next where there is a place to write to."""
+
+    def decorate(loop: Callable) -> Callable:
+        try:
+            return numba.njit(cache=True, **how)(loop)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            return numba.njit(**how)(loop)
+
+    return decorate
+
+
+_THREADS = _has_safe_threads()
+# Sums may be taken in any order; NaN and infinity are what they are.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+ROWS = 8  # of a weight that are multiplied with three rows of x at a time: 24 sums, which stay in registers
+
+
+@_compiled(fastmath=_FAST)
+def _sums(w, e, first, last, x, t0, t1, t2, sums):
+    """sums[3, 8] of rows first, first + 1 .. of w[e] with three rows of x; beyond `last`, row `last` again."""
+    n0, n1, n2, n3 = first, min(first + 1, last), min(first + 2, last), min(first + 3, last)
+    n4, n5, n6, n7 = min(first + 4, last), min(first + 5, last), min(first + 6, last), min(first + 7, last)
+    s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = np.float32(0)
+    s40 = s41 = s42 = s50 = s51 = s52 = s60 = s61 = s62 = s70 = s71 = s72 = np.float32(0)
+    for h in range(w.shape[2]):
+        x0, x1, x2 = x[t0, h], x[t1, h], x[t2, h]
+        a = w[e, n0, h]
+        s00, s01, s02 = s00 + a * x0, s01 + a * x1, s02 + a * x2
+        a = w[e, n1, h]
+        s10, s11, s12 = s10 + a * x0, s11 + a * x1, s12 + a * x2
+        a = w[e, n2, h]
+        s20, s21, s22 = s20 + a * x0, s21 + a * x1, s22 + a * x2
+        a = w[e, n3, h]
+        s30, s31, s32 = s30 + a * x0, s31 + a * x1, s32 + a * x2
+        a = w[e, n4, h]
+        s40, s41, s42 = s40 + a * x0, s41 + a * x1, s42 + a * x2
+        a = w[e, n5, h]
+        s50, s51, s52 = s50 + a * x0, s51 + a * x1, s52 + a * x2
+        a = w[e, n6, h]
+        s60, s61, s62 = s60 + a * x0, s61 + a * x1, s62 + a * x2
+        a = w[e, n7, h]
+        s70, s71, s72 = s70 + a * x0, s71 + a * x1, s72 + a * x2
+    sums[0, 0], sums[0, 1], sums[0, 2], sums[0, 3] = s00, s10, s20, s30
+    sums[0, 4], sums[0, 5], sums[0, 6], sums[0, 7] = s40, s50, s60, s70
+    sums[1, 0], sums[1, 1], sums[1, 2], sums[1, 3] = s01, s11, s21, s31
+    sums[1, 4], sums[1, 5], sums[1, 6], sums[1, 7] = s41, s51, s61, s71
+    sums[2, 0], sums[2, 1], sums[2, 2], sums[2, 3] = s02, s12, s22, s32
+    sums[2, 4], sums[2, 5], sums[2, 6], sums[2, 7] = s42, s52, s62, s72
+
+
+@_compiled(fastmath=_FAST)
+def _put(out, row, first, width, sums, j):
+    if width == ROWS:  # known when compiled, so that it takes one instruction
+        for i in range(ROWS):
+            out[row, first + i] = sums[j, i]
+    else:
+        for i in range(width):
+            out[row, first + i] = sums[j, i]
+
+
+@_compiled(fastmath=_FAST)
+def _add(out, row, first, width, sums, j):
+    if width == ROWS:
+        for i in range(ROWS):
+            out[row, first + i] += sums[j, i]
+    else:
+        for i in range(width):
+            out[row, first + i] += sums[j, i]
+
+
+@_compiled(fastmath=_FAST, parallel=_THREADS)
+def multiply(x, w, token, experts, offsets, out, gather, chunks):
+    """Rows offsets[g] to offsets[g + 1] belong to expert experts[g] and to the tokens that `token` names.
+
+    gather: out[n] = w[e] x[token[n]], all float32 and in one piece; x [T, H], w [E, O, H], out [N, O].
+    Else out[token[n]] += w[e] x[n]; x [N, H], out [T, O]. Each of `chunks` threads has some columns of out to itself
+    and takes the experts in their order, so sums are always added in the same order.
+    """
+    O = w.shape[1]
+    blocks = (O + ROWS - 1) // ROWS
+    for chunk in numba.prange(chunks):
+        sums = np.empty((3, ROWS), dtype=np.float32)
+        for g in range(len(experts)):
+            e, start, stop = experts[g], offsets[g], offsets[g + 1]
+            for first in range(blocks * chunk // chunks * ROWS, min(blocks * (chunk + 1) // chunks * ROWS, O), ROWS):
+                width = min(ROWS, O - first)
+                for n in range(start, stop, 3):
+                    n1, n2 = min(n + 1, stop - 1), min(n + 2, stop - 1)
+                    if gather:
+                        _sums(w, e, first, O - 1, x, token[n], token[n1], token[n2], sums)
+                    else:
+                        _sums(w, e, first, O - 1, x, n, n1, n2, sums)
+                    for j in range(min(3, stop - n)):
+                        if not gather:
+                            _add(out, token[n + j], first, width, sums, j)
+                        else:
+                            _put(out, n + j, first, width, sums, j)
+
+
+@_compiled()
+def largest(choice, logits, masked, ids, start, stop):
+    """ids[t]: the k largest of choice[t] for t from start to stop, equal values by lower id; float32, ids int64.
+
+    masked: a slot whose logit is -inf counts as -inf. A NaN is larger than nothing, and no row of ids leaves 0..A-1.
+    """
+    A, k = choice.shape[1], ids.shape[1]
+    best = np.empty(k, dtype=np.float32)
+    for t in range(start, stop):
+        found = 0
+        for a in range(A):
+            value = choice[t, a]
+            if masked and logits[t, a] == -np.inf:
+                value = np.float32(-np.inf)
+            if found == k and not value > best[k - 1]:
+                continue
+            place = min(found, k - 1)
+            while place > 0 and best[place - 1] < value:
+                best[place], ids[t, place] = best[place - 1], ids[t, place - 1]
+                place -= 1
+            best[place], ids[t, place] = value, a
+            found = min(found + 1, k)
+
+
+@_compiled(parallel=_THREADS)
+def largest_by_threads(choice, logits, masked, ids, chunks):
+    """`largest` for all rows, in `chunks` threads."""
+    T = len(choice)
+    for chunk in numba.prange(chunks):
+        largest(choice, logits, masked, ids, T * chunk // chunks, T * (chunk + 1) // chunks)
