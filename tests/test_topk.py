@@ -11,6 +11,7 @@ import torch
 from zemoe.kernels import topk
 
 INF = float("inf")
+METHODS = [topk.by_repair, topk.by_integer_keys, *([topk.by_loops] if topk.HAS_NUMBA else [])]
 # k, A: more values than chosen, all chosen, and the sizes around which torch.topk changes its method (64 k).
 SIZES = [(1, 2), (3, 7), (5, 5), (12, 96), (3, 191), (3, 192), (3, 255), (3, 256), (12, 768)]
 TOKENS = [0, 1, 2, 5, 22, 70]
@@ -24,7 +25,7 @@ def by_sort(choice: torch.Tensor, logits: torch.Tensor | None, k: int) -> torch.
 
 def check(choice: torch.Tensor, logits: torch.Tensor | None, k: int) -> None:
     wanted = by_sort(choice, logits, k)
-    for method in (topk.by_repair, topk.by_integer_keys):
+    for method in METHODS:
         got = method(choice, logits, k)
         assert got.is_contiguous() and torch.equal(got, wanted), method.__name__
 
@@ -50,7 +51,7 @@ class TestAgainstASort:
         inside, outside = sorted((int(order[k - 1]), int(order[k])))
         choice[-1, inside] = choice[-1, outside] = choice[-1, order[k - 1]].item()
         check(choice, None, k)
-        assert inside in topk.by_repair(choice, None, k)[-1]
+        assert all(inside in method(choice, None, k)[-1] for method in METHODS)
 
     @pytest.mark.parametrize("masked", [0.2, 0.9, 1.0])
     def test_masked_slots_of_the_highest_value(self, k, A, T, masked):
@@ -63,6 +64,7 @@ class TestAgainstASort:
         choice = torch.rand(T, A, generator=torch.Generator().manual_seed(0))
         choice[1::2] = choice[1::2].round(decimals=2)  # ties
         choice[:1, A // 2] = float("nan")
-        got = topk.by_repair(choice, choice, k)
-        assert torch.equal(got[1:], by_sort(choice, choice, k)[1:])
-        assert ((got >= 0) & (got < A)).all()
+        for method in METHODS:
+            got = method(choice, choice, k)
+            assert torch.equal(got[1:], by_sort(choice, choice, k)[1:])
+            assert ((got >= 0) & (got < A)).all()

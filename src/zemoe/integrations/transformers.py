@@ -221,8 +221,9 @@ def patch_(model: nn.Module, backend: str | None = None) -> PatchReport:
     layers = _longcat_layers(model)
     for name, layer in layers.items():
         _check_plain(name, layer)
-    weight = next(iter(layers.values())).experts.gate_up_proj
-    chosen = resolve_backend(weight.device, weight.dtype, backend)
+    experts = next(iter(layers.values())).experts
+    weight = experts.gate_up_proj
+    chosen = resolve_backend(weight.device, weight.dtype, backend, num_experts=experts.num_routed_experts)
     stock: dict[str, Any] = {name: layer for name, layer in layers.items() if type(layer) is StockMoE}
     freed = 0
     try:
