@@ -212,7 +212,7 @@ def test_a_model_without_styles(checkpoint, tmp_path, generate):
         (["--prompt", "z" * 200], f"--prompt must be shorter than the model's context of {CONTEXT} tokens, got 201"),
         (["--style", "homer"], "--style must be one of austen, bible, got 'homer'"),
         (["--style", "<|endoftext|>"], "--style must be one of austen, bible"),
-        (["--backend", "abacus"], "--backend must be one of ['cpu', 'torch'], got 'abacus'"),
+        (["--backend", "abacus"], "--backend must be one of ['cpu', 'torch', 'triton'], got 'abacus'"),
         (["--device", "abacus"], "--device must be one that torch can use here (cpu"),
         (["--device", "meta"], "--device must be one that torch can use here (cpu"),
         (["--device", "cuda:77"], "--device must be one that torch can use here (cpu"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from torch import Tensor
 
 
 def _has_safe_threads() -> bool:
@@ -23,6 +24,27 @@ def _has_safe_threads() -> bool:
             continue
         return True
     return False
+
+
+class _Memory:
+    """A tensor's memory in the form that numpy looks for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        form = {"float32": "<f4", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": form,
+            "shape": tuple(tensor.shape),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The values of a contiguous float32 or int64 tensor, which has to outlive the array.
+
+    Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
+    """
+    return np.asarray(_Memory(tensor))
 
 
 def _compiled(**how: Any) -> Callable[[Callable], Callable]:

@@ -61,14 +61,12 @@ def _multiply(
     *,
     gather: bool,
 ) -> None:
-    import numpy as np  # with numba, which needs it
+    from .loops import array, multiply
 
-    from .loops import multiply
-
-    arrays = (tensor.detach().numpy() for tensor in (x, weight, token_N.contiguous()))
-    x_array, weight_array, token_array = arrays
-    ids, offsets = np.array([e for e, _, _ in experts]), np.array(begins)
-    multiply(x_array, weight_array, token_array, ids, offsets, out.detach().numpy(), gather, torch.get_num_threads())
+    offsets = torch.tensor(begins)
+    ids, token_N = torch.tensor([e for e, _, _ in experts]), token_N.contiguous()
+    arrays = (array(tensor) for tensor in (x, weight, token_N, ids, offsets, out))
+    multiply(*arrays, gather, torch.get_num_threads())
 
 
 def shared_rows(weight_EOI: Tensor) -> int:

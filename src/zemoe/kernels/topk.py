@@ -34,18 +34,19 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 
 def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by a compiled loop; for the host, where numba is installed. float32."""
-    from .loops import largest, largest_by_threads
+    from .loops import array, largest, largest_by_threads
 
     T, A = choice_TA.shape
     ids_TK = torch.empty((T, k), dtype=torch.int64)
     if not T:
         return ids_TK
-    choice = choice_TA.detach().contiguous().numpy()
-    logits = choice if logits_TA is None else logits_TA.detach().contiguous().numpy()
+    choice_TA = choice_TA.contiguous()
+    logits_TA, masked = (choice_TA, False) if logits_TA is None else (logits_TA.contiguous(), True)
+    arrays = array(choice_TA), array(logits_TA), masked, array(ids_TK)
     if T * A < _MOST_ALONE:
-        largest(choice, logits, logits_TA is not None, ids_TK.numpy(), 0, T)
+        largest(*arrays, 0, T)
     else:
-        largest_by_threads(choice, logits, logits_TA is not None, ids_TK.numpy(), torch.get_num_threads())
+        largest_by_threads(*arrays, torch.get_num_threads())
     return ids_TK
 
 
