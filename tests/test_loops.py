@@ -93,7 +93,9 @@ def test_which_layers_take_them() -> None:
     x, w13, w2 = torch.randn(3, 8), torch.randn(2, 8, 8), torch.randn(2, 8, 4)
     assert products.loop_rows(x, w13, w2) == 64
     large = torch.empty(1, 1024, 1024, device="meta")
-    assert products.loop_rows(x, large, large) == 32
+    assert products.loop_rows(x, large, large) == 48
+    assert products.loop_rows(x[:1], large, large) == 0
+    assert products.loop_rows(x[:1], w13, w2) == 64
     assert products.loop_rows(x.double(), w13.double(), w2.double()) == 0
     assert products.loop_rows(x, w13.mT, w2) == products.loop_rows(x.T, w13, w2) == 0
 

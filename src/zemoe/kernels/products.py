@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .topk import HAS_NUMBA
 
-_LOOP_ROWS = 32  # rows of one expert, up to which our compiled loops beat torch; _SMALL_WEIGHT_ROWS for small weights
+_LOOP_ROWS = 48  # rows of one expert, up to which our compiled loops beat torch; _SMALL_WEIGHT_ROWS for small weights
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
 _MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
@@ -27,7 +27,10 @@ def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
     """
     if not HAS_NUMBA or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x_TH, w13, w2)):
         return 0
-    return _SMALL_WEIGHT_ROWS if w13.shape[1] * w13.shape[2] <= _SMALL_WEIGHT else _LOOP_ROWS
+    if w13.shape[1] * w13.shape[2] <= _SMALL_WEIGHT:
+        return _SMALL_WEIGHT_ROWS
+    # One token of a large layer is faster by `products`, where each thread reads whole weights of its own.
+    return _LOOP_ROWS if len(x_TH) > 1 else 0
 
 
 def gather_products(
