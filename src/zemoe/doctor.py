@@ -19,7 +19,7 @@ from . import __version__, reference
 from .affine import AffineParams
 from .experts import BACKENDS, fused_experts, resolve_backend
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
 # of which one gets none.
