@@ -441,3 +441,24 @@ class TestResolveBackend:
     def test_every_backend_says_what_it_is(self):
         for name, backend in BACKENDS.items():
             assert backend.name == name and backend.about and backend.dtypes
+
+
+@pytest.mark.parametrize("way", ["dual numbers", "torch.func.jvp"])
+@pytest.mark.parametrize("what", ["x_TH", "weights_TK", "w2"])
+def test_forward_mode_is_refused(way: str, what: str) -> None:
+    case = BY_NAME["plain"]
+    given = case.inputs()
+
+    def layer(value: torch.Tensor) -> torch.Tensor:
+        inputs = given._replace(**{what: value})
+        return fused_experts(*inputs[:5], num_experts=case.E, zero_expert_kinds=case.kinds)
+
+    value = getattr(given, what)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        if way == "dual numbers":
+            with torch.autograd.forward_ad.dual_level():
+                layer(torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)))
+        else:
+            torch.func.jvp(layer, (value,), (torch.ones_like(value),))
+    with torch.autograd.forward_ad.dual_level():
+        layer(value)  # nothing to differentiate

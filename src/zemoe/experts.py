@@ -285,6 +285,7 @@ def fused_experts(
     Raises:
         ValueError: for a shape, dtype, device, name or count that does not fit, naming it; on the CPU also for an id
             that names no slot (elsewhere such a choice is skipped).
+        RuntimeError: in forward-mode differentiation.
     """
     if hidden_states.ndim < 1 or not hidden_states.is_floating_point():
         raise ValueError(
@@ -311,6 +312,7 @@ def fused_experts(
             constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
     call = Call(x_TH, weights_TK, topk_ids, w13, w2, num_experts, num_slots, kinds, params, constant_logits, activation)
     differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
+    ops.refuse_tangents(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
     if chosen.infer is not None and not trained:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels import cpu, grouped, topk
 from .kernels.activations import ACTIVATIONS
@@ -24,6 +25,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()  # torch.autocast takes as long to enter as a few operators
     return torch.autocast(device.type, enabled=False)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """RuntimeError for a tensor in forward-mode differentiation: our operators would drop its tangent silently."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward(), torch.autograd.grad or vjp")
 
 
 def define(schema: str) -> None:
