@@ -380,7 +380,7 @@ def test_json(result):
     assert [case["name"] for case in found["cases"]] == ["tiny"]
     about = found["about"]
     assert (about["seed"], about["repeats"], about["read_gb_s"], about["product_tflop_s"]) == (4, 2, 1, 0.01)
-    assert about["torch"] == torch.__version__ and about["device"]
+    assert about["torch"] == torch.__version__ and about["device"] and about["commit"] == bench.commit()
     assert [row["T"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
         assert (row["case"], row["dtype"], row["backend"], row["method"]) == ("tiny", "float32", "cpu", "clock")
@@ -389,7 +389,7 @@ def test_json(result):
 
 def test_csv(call, tmp_path):
     path = tmp_path / "rows.csv"
-    assert call("--csv", path, "--baseline", "eager")[0] == 0
+    assert call("--csv", path, "--baseline", "eager", "--commit", "0123abc")[0] == 0
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -401,7 +401,7 @@ def test_csv(call, tmp_path):
     for row in rows:
         assert float(row["eager_ratio"]) == pytest.approx(float(row["eager_ms"]) / float(row["ms"]), rel=1e-4)
         assert (row["zero_share_asked"], row["torch"]) == ("", torch.__version__)
-        assert row["commit"] == bench.commit()
+        assert row["commit"] == "0123abc"
 
 
 def test_commit(monkeypatch):

@@ -49,7 +49,7 @@ def _about(plan: Plan, at: measure.Ceilings) -> dict[str, Any]:
     return {
         "repeats": plan.repeats,
         "seed": plan.request.seed,
-        "commit": commit(),
+        "commit": plan.request.commit or commit(),
         "device": name,
         "read_gb_s": at.bytes_per_second / 1e9,
         "product_tflop_s": at.flops_per_second / 1e12,

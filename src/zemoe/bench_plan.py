@@ -27,7 +27,10 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest:
-    """What was asked for; None or () for the default. skew: share of one expert among the FFN choices."""
+    """What was asked for; None or () for the default. skew: share of one expert among the FFN choices.
+
+    commit: of this code, where git cannot say it.
+    """
 
     cases: tuple[str, ...] = ()
     baselines: tuple[str, ...] = DEFAULT_BASELINES
@@ -40,6 +43,7 @@ class BenchRequest:
     seed: int = 0
     csv: Path | None = None
     plot: Path | None = None
+    commit: str | None = None
 
 
 class Plan(NamedTuple):

@@ -182,6 +182,9 @@ def app() -> "typer.Typer":
         plot: Annotated[
             Path | None, timing(help="Draw them there, as .png, .svg or .pdf; needs the extra `report`.")
         ] = None,
+        commit: Annotated[
+            str | None, timing(help="What to write for the commit of this code.", show_default="what git says")
+        ] = None,
         as_json: Annotated[
             bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")
         ] = False,
@@ -204,6 +207,7 @@ def app() -> "typer.Typer":
                 seed=seed,
                 csv=csv,
                 plot=plot,
+                commit=commit,
             )
             status = open_console(sys.stderr)
             code, result = run(request, status if as_json else open_console(sys.stdout), status)
