@@ -127,6 +127,15 @@ class TestOpcheck:
         args = (x, weights, ids, w13, w2, alpha, beta, value, case.A, activation)
         torch.library.opcheck(OPS.moe_ffn_from_ids.default, args)
 
+    @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+    def test_moe_ffn_few(self, ids_dtype):
+        pytest.importorskip("numba")
+        case = SMALL[0]
+        given = case.inputs()
+        x, w13, w2, weights, ids = given[:5]
+        args = (x, weights, ids.to(ids_dtype), w13, w2, case.A - case.E, case.A)
+        torch.library.opcheck(OPS.moe_ffn_few.default, args)
+
     def test_every_op_is_here(self):
         """An op that somebody adds has to be checked too."""
         names = {
@@ -137,6 +146,7 @@ class TestOpcheck:
         tested = {
             "moe_ffn",
             "moe_ffn_backward",
+            "moe_ffn_few",
             "moe_ffn_from_ids",
             "grouped_linear",
             "grouped_outer",

@@ -58,6 +58,13 @@ def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def _infer_cpu(call: Call) -> Tensor:
     bound = -1 if call.num_slots is None else call.num_slots
+    x_TH, ids_TK, w13, w2 = call.x_TH, call.ids_TK, call.w13, call.w2
+    if (
+        len(call.kinds) == 1
+        and call.kinds[0][0] == "identity"
+        and ops.takes_few(x_TH, ids_TK, w13, w2, call.activation)
+    ):
+        return ops.moe_ffn_few(x_TH, call.weights_TK, ids_TK, w13, w2, call.kinds[0][1], bound)
     return ops.moe_ffn_from_ids(
         call.x_TH, call.weights_TK, call.ids_TK, call.w13, call.w2, *_affine(call), bound, call.activation
     )

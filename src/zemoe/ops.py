@@ -219,6 +219,31 @@ def moe_ffn_from_ids(
     )
 
 
+# --- moe_ffn_few: few choices, identities included, in one loop, without gradients ---
+
+define(
+    "moe_ffn_few(Tensor x, Tensor weights, Tensor topk_ids, Tensor w13, Tensor w2, int identities, int num_slots) "
+    "-> Tensor"
+)
+torch.library.impl("zemoe::moe_ffn_few", "CPU", cpu.forward_few)
+takes_few = cpu.takes_few
+
+
+@torch.library.register_fake("zemoe::moe_ffn_few")
+def _moe_ffn_few_fake(x, weights, topk_ids, w13, w2, identities, num_slots) -> Tensor:
+    return torch.empty_like(x)
+
+
+def moe_ffn_few(
+    x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
+) -> Tensor:
+    """[T, H]: all of a layer after routing whose zero-computation experts are identities, where `takes_few` says so.
+
+    float32; num_slots -1 means ids have no upper bound. No gradients.
+    """
+    return torch.ops.zemoe.moe_ffn_few(x_TH, weights_TK, topk_ids_TK, w13, w2, identities, num_slots)
+
+
 # --- gather_rows, sum_rows, grouped_linear, grouped_outer: what the `torch` backend is made of ---
 
 define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
@@ -296,4 +321,13 @@ torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd,
 
 moe_ffn_grouped = grouped.moe_ffn
 
-__all__ = ["ACTIVATIONS", "moe_ffn", "moe_ffn_from_ids", "moe_ffn_grouped", "plan", "topk_ids", "without_autocast"]
+__all__ = [
+    "ACTIVATIONS",
+    "moe_ffn",
+    "moe_ffn_few",
+    "moe_ffn_from_ids",
+    "moe_ffn_grouped",
+    "plan",
+    "topk_ids",
+    "without_autocast",
+]

@@ -14,6 +14,7 @@ from .products import (
     gather_products,
     has_fast_bfloat16,
     has_onednn,
+    is_small,
     loop_rows,
     padded_rows,
     product,
@@ -146,6 +147,26 @@ def forward_from_ids(
         weight_N1 = weights_TK.reshape(-1).index_select(0, choice_N)[:, None]
         _add_experts(y_TH, x_TH, choice_N // K, weight_N1, experts, w13, w2, activation, None)
     return y_TH.to(x_TH.dtype)
+
+
+def takes_few(x_TH: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, activation: str) -> bool:
+    """Whether `forward_few` is the better way: few choices of experts with small weights, and numba."""
+    few = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu" and w13.numel() > 0
+    return few and is_small(w13) and loop_rows(x_TH, w13, w2) > 0
+
+
+def forward_few(
+    x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
+) -> Tensor:
+    """The layer after routing, [T, H], in one compiled loop, where ids from E to E + identities - 1 are identities."""
+    from .loops import array, few_choices
+
+    y_TH = torch.empty_like(x_TH)
+    given = (x_TH, weights_TK.contiguous(), topk_ids_TK.to(torch.int64).contiguous(), w13, w2)
+    arrays = [array(tensor) for tensor in given]
+    wrong = few_choices(*arrays, identities, num_slots, array(y_TH), torch.get_num_threads())
+    _check_bounds(wrong, wrong, num_slots)
+    return y_TH
 
 
 def _choices_by_expert(

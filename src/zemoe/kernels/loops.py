@@ -149,6 +149,56 @@ def multiply(x, w, token, experts, offsets, out, gather, chunks):
                             _put(out, n + j, first, width, sums, j)
 
 
+@_compiled(fastmath=_FAST)
+def few_choices(x, weights, ids, w13, w2, identities, num_slots, y, chunks):
+    """y = the whole of a layer after routing, for few choices: sorting them takes a time that grows with their square.
+
+    x, y [T, H], weights [T, K], w13 [E, 2I, H] and w2 [E, H, I] float32, ids [T, K] int64; `identities` slots from E on
+    are identities; silu. Returns the first id that is no slot and not -1 (num_slots -1: any), or -1 if there is none.
+    """
+    (T, K), E, I = ids.shape, w13.shape[0], w2.shape[2]
+    token, expert = np.empty(T * K, dtype=np.int64), np.empty(T * K, dtype=np.int64)
+    weight = np.empty(T * K, dtype=np.float32)
+    rows = 0
+    for t in range(T):
+        alpha = np.float32(0)
+        for k in range(K):
+            e = ids[t, k]
+            if e < -1 or 0 <= num_slots <= e:
+                return e
+            if E <= e < E + identities:
+                alpha += weights[t, k]
+            elif 0 <= e < E:
+                place = rows
+                while place > 0 and expert[place - 1] > e:
+                    expert[place], token[place], weight[place] = expert[place - 1], token[place - 1], weight[place - 1]
+                    place -= 1
+                expert[place], token[place], weight[place] = e, t, weights[t, k]
+                rows += 1
+        for h in range(x.shape[1]):
+            if x[t, h] != x[t, h]:
+                alpha = np.float32(np.nan)
+        for h in range(x.shape[1]):
+            y[t, h] = alpha * x[t, h]
+    if rows == 0:
+        return -1
+    offsets = np.empty(rows + 1, dtype=np.int64)
+    groups = 0
+    for n in range(rows):
+        if n == 0 or expert[n] != expert[n - 1]:
+            offsets[groups], groups = n, groups + 1
+    offsets[groups] = rows
+    experts = expert[offsets[:groups]]
+    both, inner = np.empty((rows, 2 * I), dtype=np.float32), np.empty((rows, I), dtype=np.float32)
+    multiply(x, w13, token[:rows], experts, offsets[: groups + 1], both, True, chunks)
+    for n in range(rows):
+        for i in range(I):
+            gate = both[n, i]
+            inner[n, i] = gate / (np.float32(1) + np.exp(-gate)) * both[n, I + i] * weight[n]
+    multiply(inner, w2, token[:rows], experts, offsets[: groups + 1], y, False, chunks)
+    return -1
+
+
 @_compiled()
 def largest(choice, logits, masked, ids, start, stop):
     """ids[t]: the k largest of choice[t] for t from start to stop, equal values by lower id; float32, ids int64.

@@ -20,6 +20,11 @@ _DIRECT_ROWS = 16
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
+def is_small(weight_EOI: Tensor) -> bool:
+    """Whether an expert's weight is multiplied in less time than it takes torch to start."""
+    return weight_EOI.shape[1] * weight_EOI.shape[2] <= _SMALL_WEIGHT
+
+
 def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
     """Up to how many rows an expert `gather_products` and `scatter_products` are the better routines; 0 for never.
 
@@ -27,7 +32,7 @@ def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
     """
     if not HAS_NUMBA or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x_TH, w13, w2)):
         return 0
-    if w13.shape[1] * w13.shape[2] <= _SMALL_WEIGHT:
+    if is_small(w13):
         return _SMALL_WEIGHT_ROWS
     # One token of a large layer is faster by `products`, where each thread reads whole weights of its own.
     return _LOOP_ROWS if len(x_TH) > 1 else 0
@@ -79,7 +84,7 @@ def shared_rows(weight_EOI: Tensor) -> int:
     """
     if weight_EOI.dtype != torch.float32 or not weight_EOI.is_contiguous() or not len(weight_EOI):
         return 0
-    return _MOST_SHARED_ROWS if weight_EOI.shape[1] * weight_EOI.shape[2] <= _SMALL_WEIGHT else 1
+    return _MOST_SHARED_ROWS if is_small(weight_EOI) else 1
 
 
 def has_onednn(weight: Tensor) -> bool:
