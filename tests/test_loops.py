@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from judge import CASES, Case, assert_bitwise, judge
-from zemoe import fused_experts
+from judge import CASES, Case, assert_bitwise, judge, only_zero_experts
+from zemoe import fused_experts, ops
 from zemoe.kernels import products, topk
 
 pytest.importorskip("numba")
@@ -98,6 +98,17 @@ def test_which_layers_take_them() -> None:
     assert products.loop_rows(x[:1], w13, w2) == 64
     assert products.loop_rows(x.double(), w13.double(), w2.double()) == 0
     assert products.loop_rows(x, w13.mT, w2) == products.loop_rows(x.T, w13, w2) == 0
+
+
+def test_a_lost_token_of_identities_alone() -> None:
+    case = Case(
+        "lost", "no FFN row carries the NaN to the other columns", T=3, ids=only_zero_experts, kinds=(("identity", 4),)
+    )
+    x, w13, w2, weights, ids, _ = case.inputs()
+    assert ops.takes_few(x, ids, w13, w2, "silu")
+    x[1, 5] = NAN
+    out = fused_experts(x, w13, w2, weights, ids, num_experts=case.E, zero_expert_kinds=case.kinds)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
