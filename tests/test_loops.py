@@ -32,11 +32,13 @@ def expert_of_row() -> torch.Tensor:
     return torch.cat([torch.full((M,), e) for e, _, M in EXPERTS])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(("O", "H"), [(64, 48), (8, 16), (7, 3), (1, 1), (33, 17), (130, 260)])
-def test_products(O: int, H: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(O: int, H: int, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, token, weight = inputs(O, H)
+    weight = weight.to(dtype)
     rows = products.gather_products(x, token, weight, EXPERTS, BEGINS)
     wanted = torch.einsum("noh,nh->no", weight.double()[expert_of_row()], x.double()[token])
     torch.testing.assert_close(rows.double(), wanted, rtol=1e-5, atol=1e-4)
@@ -96,6 +98,9 @@ def test_which_layers_take_them() -> None:
     assert products.loop_rows(x, large, large) == 48
     assert products.loop_rows(x[:1], large, large) == 0
     assert products.loop_rows(x[:1], w13, w2) == 64
+    half = [tensor.bfloat16() for tensor in (x, w13, w2)]
+    assert products.loop_rows(*half) == (8 if products.has_fast_bfloat16() else 64)
+    assert products.loop_rows(x, *half[1:]) == products.loop_rows(half[0], w13, w2) == 0
     assert products.loop_rows(x.double(), w13.double(), w2.double()) == 0
     assert products.loop_rows(x, w13.mT, w2) == products.loop_rows(x.T, w13, w2) == 0
 

@@ -239,7 +239,7 @@ def moe_ffn_few(
 ) -> Tensor:
     """[T, H]: all of a layer after routing whose zero-computation experts are identities, where `takes_few` says so.
 
-    float32; num_slots -1 means ids have no upper bound. No gradients.
+    float32 or bfloat16; num_slots -1 means ids have no upper bound. No gradients.
     """
     return torch.ops.zemoe.moe_ffn_few(x_TH, weights_TK, topk_ids_TK, w13, w2, identities, num_slots)
 

@@ -161,12 +161,12 @@ def forward_few(
     """The layer after routing, [T, H], in one compiled loop, where ids from E to E + identities - 1 are identities."""
     from .loops import array, few_choices
 
-    y_TH = torch.empty_like(x_TH)
-    given = (x_TH, weights_TK.contiguous(), topk_ids_TK.to(torch.int64).contiguous(), w13, w2)
+    y_TH = torch.empty(x_TH.shape, dtype=torch.float32)
+    given = (x_TH.float(), weights_TK.contiguous(), topk_ids_TK.to(torch.int64).contiguous(), w13, w2)
     arrays = [array(tensor) for tensor in given]
     wrong = few_choices(*arrays, identities, num_slots, array(y_TH), torch.get_num_threads())
     _check_bounds(wrong, wrong, num_slots)
-    return y_TH
+    return y_TH.to(x_TH.dtype)
 
 
 def _choices_by_expert(
@@ -240,7 +240,7 @@ def _add_experts(
         token = token_N[rows]
         both_R2I = gather_products(x_TH, token, w13, few, begins)
         if preact_N2I is not None:
-            preact_N2I[rows] = both_R2I
+            preact_N2I[rows] = both_R2I.to(preact_N2I.dtype)
         gate_RI, up_RI = both_R2I.chunk(2, dim=1)
         inner_RI = act(gate_RI).mul_(up_RI).mul_(weight_N1[rows])
         scatter_products(inner_RI, token, w2, few, begins, y_TH)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 from torch import Tensor
 
 
@@ -30,7 +32,7 @@ class _Memory:
     """A tensor's memory in the form that numpy looks for."""
 
     def __init__(self, tensor: Tensor) -> None:
-        form = {"float32": "<f4", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
+        form = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
         self.__array_interface__ = {
             "version": 3,
             "typestr": form,
@@ -40,7 +42,7 @@ class _Memory:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The values of a contiguous float32 or int64 tensor, which has to outlive the array.
+    """The values of a contiguous float32 or int64 tensor, the bits of a bfloat16 one; it has to outlive the array.
 
     Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
     """
@@ -67,6 +69,19 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 ROWS = 8  # of a weight that are multiplied with three rows of x at a time: 24 sums, which stay in registers
 
 
+@intrinsic
+def _float32(_, value):
+    """A float32, or the bits of a bfloat16, as float32."""
+
+    def generate(_context, builder, _signature, arguments):
+        if value == numba.types.float32:
+            return arguments[0]
+        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return numba.types.float32(value), generate
+
+
 @_compiled(fastmath=_FAST)
 def _sums(w, e, first, last, x, t0, t1, t2, sums):
     """sums[3, 8] of rows first, first + 1 .. of w[e] with three rows of x; beyond `last`, row `last` again."""
@@ -76,21 +91,21 @@ def _sums(w, e, first, last, x, t0, t1, t2, sums):
     s40 = s41 = s42 = s50 = s51 = s52 = s60 = s61 = s62 = s70 = s71 = s72 = np.float32(0)
     for h in range(w.shape[2]):
         x0, x1, x2 = x[t0, h], x[t1, h], x[t2, h]
-        a = w[e, n0, h]
+        a = _float32(w[e, n0, h])
         s00, s01, s02 = s00 + a * x0, s01 + a * x1, s02 + a * x2
-        a = w[e, n1, h]
+        a = _float32(w[e, n1, h])
         s10, s11, s12 = s10 + a * x0, s11 + a * x1, s12 + a * x2
-        a = w[e, n2, h]
+        a = _float32(w[e, n2, h])
         s20, s21, s22 = s20 + a * x0, s21 + a * x1, s22 + a * x2
-        a = w[e, n3, h]
+        a = _float32(w[e, n3, h])
         s30, s31, s32 = s30 + a * x0, s31 + a * x1, s32 + a * x2
-        a = w[e, n4, h]
+        a = _float32(w[e, n4, h])
         s40, s41, s42 = s40 + a * x0, s41 + a * x1, s42 + a * x2
-        a = w[e, n5, h]
+        a = _float32(w[e, n5, h])
         s50, s51, s52 = s50 + a * x0, s51 + a * x1, s52 + a * x2
-        a = w[e, n6, h]
+        a = _float32(w[e, n6, h])
         s60, s61, s62 = s60 + a * x0, s61 + a * x1, s62 + a * x2
-        a = w[e, n7, h]
+        a = _float32(w[e, n7, h])
         s70, s71, s72 = s70 + a * x0, s71 + a * x1, s72 + a * x2
     sums[0, 0], sums[0, 1], sums[0, 2], sums[0, 3] = s00, s10, s20, s30
     sums[0, 4], sums[0, 5], sums[0, 6], sums[0, 7] = s40, s50, s60, s70
@@ -124,7 +139,7 @@ def _add(out, row, first, width, sums, j):
 def multiply(x, w, token, experts, offsets, out, gather, chunks):
     """Rows offsets[g] to offsets[g + 1] belong to expert experts[g] and to the tokens that `token` names.
 
-    gather: out[n] = w[e] x[token[n]], all float32 and in one piece; x [T, H], w [E, O, H], out [N, O].
+    gather: out[n] = w[e] x[token[n]], all in one piece, float32 (w bfloat16 too); x [T, H], w [E, O, H], out [N, O].
     Else out[token[n]] += w[e] x[n]; x [N, H], out [T, O]. Each of `chunks` threads has some columns of out to itself
     and takes the experts in their order, so sums are always added in the same order.
     """
@@ -153,8 +168,9 @@ def multiply(x, w, token, experts, offsets, out, gather, chunks):
 def few_choices(x, weights, ids, w13, w2, identities, num_slots, y, chunks):
     """y = the whole of a layer after routing, for few choices: sorting them takes a time that grows with their square.
 
-    x, y [T, H], weights [T, K], w13 [E, 2I, H] and w2 [E, H, I] float32, ids [T, K] int64; `identities` slots from E on
-    are identities; silu. Returns the first id that is no slot and not -1 (num_slots -1: any), or -1 if there is none.
+    x, y [T, H], weights [T, K], w13 [E, 2I, H] and w2 [E, H, I] float32 (w13, w2 bfloat16 too), ids [T, K] int64;
+    `identities` slots from E on are identities; silu. Returns the first id that is no slot and not -1 (num_slots -1:
+    any), or -1 if there is none.
     """
     (T, K), E, I = ids.shape, w13.shape[0], w2.shape[2]
     token, expert = np.empty(T * K, dtype=np.int64), np.empty(T * K, dtype=np.int64)

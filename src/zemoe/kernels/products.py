@@ -12,6 +12,7 @@ from torch import Tensor
 from .topk import HAS_NUMBA
 
 _LOOP_ROWS = 48  # rows of one expert, up to which our compiled loops beat torch; _SMALL_WEIGHT_ROWS for small weights
+_LOOP_ROWS_BFLOAT16 = 8  # of bfloat16 weights, where torch has instructions for them
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
 _MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
@@ -28,22 +29,25 @@ def is_small(weight_EOI: Tensor) -> bool:
 def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
     """Up to how many rows an expert `gather_products` and `scatter_products` are the better routines; 0 for never.
 
-    They take float32 in one piece, and need numba.
+    They take float32 or bfloat16 in one piece, and need numba.
     """
-    if not HAS_NUMBA or any(t.dtype != torch.float32 or not t.is_contiguous() for t in (x_TH, w13, w2)):
+    same = x_TH.dtype == w13.dtype == w2.dtype and x_TH.dtype in (torch.float32, torch.bfloat16)
+    if not HAS_NUMBA or not same or any(not tensor.is_contiguous() for tensor in (x_TH, w13, w2)):
         return 0
+    if x_TH.dtype == torch.bfloat16 and has_fast_bfloat16():
+        return _LOOP_ROWS_BFLOAT16
     if is_small(w13):
         return _SMALL_WEIGHT_ROWS
     # One token of a large layer is faster by `products`, where each thread reads whole weights of its own.
-    return _LOOP_ROWS if len(x_TH) > 1 else 0
+    return _LOOP_ROWS if len(x_TH) > 1 or x_TH.dtype == torch.bfloat16 else 0
 
 
 def gather_products(
     x_TH: Tensor, token_N: Tensor, weight_EOH: Tensor, experts: list[tuple[int, int, int]], begins: list[int]
 ) -> Tensor:
-    """[N, O]: the transposed weight of each row's expert times the row's token; begins: where each expert's rows do."""
-    out_NO = x_TH.new_empty((len(token_N), weight_EOH.shape[1]))
-    _multiply(x_TH, token_N, weight_EOH, experts, begins, out_NO, gather=True)
+    """[N, O] float32: each row's token times the transposed weight of its expert; begins: where each's rows do."""
+    out_NO = torch.empty((len(token_N), weight_EOH.shape[1]), dtype=torch.float32)
+    _multiply(x_TH.float(), token_N, weight_EOH, experts, begins, out_NO, gather=True)
     return out_NO
 
 
