@@ -103,14 +103,14 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
     inputs = on_gpu(case.inputs(torch.bfloat16))
     expected = layer(case, inputs)
     entered = []
-    here = torch.cuda.device
 
-    def device(which) -> torch.cuda.device:
-        entered.append(which)
-        return here(which)
+    class Device(torch.cuda.device):  # still a type, for torch asks isinstance
+        def __init__(self, which) -> None:
+            entered.append(which)
+            super().__init__(which)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)  # as if another were the current one
-    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "device", Device)
     out = OPS.router_logits(inputs.x_TH, torch.ones(3, case.H, device="cuda"))
     OPS.select_experts(out, None, 2, 3, "softmax", "none", 1.0, 0, 0, [])
     assert_bitwise(layer(case, inputs).cpu(), expected.cpu())

@@ -14,6 +14,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 
 _ALIGN_BYTES = 16  # grouped_mm needs rows that start at multiples of this
+_MOST_EXPERTS = 1024  # that it takes on a GPU
 
 
 def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,15 +42,20 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
     return matrix if inner == 1 and outer % multiple == 0 else matrix.contiguous()
 
 
-def _has_grouped_mm(tensor: Tensor) -> bool:
-    """On a GPU torch's grouped_mm needs bfloat16 to run without waiting for it; on a CPU float64 is missing."""
-    return tensor.dtype == torch.bfloat16 or (tensor.device.type == "cpu" and tensor.dtype != torch.float64)
+def _has_grouped_mm(tensor: Tensor, num_experts: int) -> bool:
+    """Whether torch's grouped_mm takes rows of this kind without waiting for the device.
+
+    On a GPU it needs bfloat16 and at most 1024 experts; on a CPU float64 is missing.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.dtype != torch.float64
+    return tensor.dtype == torch.bfloat16 and num_experts <= _MOST_EXPERTS
 
 
 def linear(rows_NH: Tensor, weight_EOH: Tensor, expert_offsets: Tensor) -> Tensor:
     """[N, O]: row n times the transposed weight of its expert; 0 in the rows of no expert."""
     N, O = rows_NH.shape[0], weight_EOH.shape[1]
-    if not N or not _has_grouped_mm(rows_NH):
+    if not N or not _has_grouped_mm(rows_NH, len(weight_EOH)):
         product = rows_NH.new_zeros((N, O))
         bounds = expert_offsets.tolist()
         for weight_OH, start, end in zip(weight_EOH, bounds, bounds[1:], strict=False):
@@ -65,7 +71,7 @@ def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
     """[E, O, H]: for each expert the sum over its rows of left_n (x) right_n; 0 for an expert without rows."""
     O, H = left_NO.shape[1], right_NH.shape[1]
     E = expert_offsets.shape[0] - 1
-    if not left_NO.shape[0] or not _has_grouped_mm(left_NO):
+    if not left_NO.shape[0] or not _has_grouped_mm(left_NO, E):
         product = left_NO.new_zeros((E, O, H))
         bounds = expert_offsets.tolist()
         for out_OH, start, end in zip(product, bounds, bounds[1:], strict=False):
