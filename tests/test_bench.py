@@ -162,7 +162,7 @@ def test_absent_baselines_are_named(call, monkeypatch):
         assert f"{name}: not installed" in out
         assert f"{name} ms" not in out
     monkeypatch.setattr("zemoe.baselines.find_spec", lambda name: object())
-    assert "vllm: installed, but zemoe has no adapter for it that was ever tried" in call(*asked)[1]
+    assert "vllm: runs on cuda only" in call(*asked)[1]
 
 
 def test_none_is_a_baseline(result):
@@ -170,26 +170,8 @@ def test_none_is_a_baseline(result):
     assert not [key for key in row if key.startswith(("torch", "eager"))]
 
 
-@pytest.mark.parametrize("name", ["torch", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_baselines_compute_the_layer_on_its_weights(name, dtype):
-    torch.manual_seed(0)
-    layer = bench_layer.build(TINY, dtype, torch.device("cpu"))
-    side = BASELINES[name].build(layer)
-    for share in (None, 0.0, 0.7):  # what steers the layer steers the baseline
-        bench_layer.steer(layer, share, None)
-        x = torch.randn(40, 32).to(dtype)
-        wanted = bench_check.expected(layer, x)
-        assert len(wanted.tokens) == bench_check.TOKENS
-        assert bench_check.judge(side(x), wanted) == bench_check.judge(layer(x), wanted) == ""
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    layer.w2.zero_()
-    assert bench_check.judge(side(x), wanted), "the weights are the layer's own, not a copy"
-    assert before == (torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
-
-
 def test_a_baseline_out_of_memory_is_left_out(call, monkeypatch):
-    def build(layer):
+    def adapt(layer):
         def side(x):
             if x.shape[0] > 1:
                 raise torch.OutOfMemoryError("no")
@@ -197,7 +179,7 @@ def test_a_baseline_out_of_memory_is_left_out(call, monkeypatch):
 
         return side
 
-    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], build=build))
+    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], parts=(), adapt=adapt))
     code, out, _ = call()
     assert code == 0
     assert re.search(r"^5 .* - +-\s*$", out.replace("\n 5", "\n5"), re.M)
@@ -238,11 +220,28 @@ def test_a_broken_layer_is_not_timed(call, monkeypatch, tmp_path, how, dtype):
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_a_broken_baseline_is_not_timed(call, monkeypatch):
-    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], build=lambda layer: lambda x: 1.1 * layer(x)))
-    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
-    code, _, err = call("--tokens", 30)
-    assert code == 1 and "eager is wrong" in err
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_baseline_is_named_and_not_timed(call, monkeypatch, tmp_path, how, dtype):
+    def adapt(layer):
+        return lambda x: BROKEN[how](layer, x) if len(x) == 30 else layer(x)
+
+    timed, interleaved = [], measure.interleaved
+    monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], parts=(), adapt=adapt))
+    monkeypatch.setattr(
+        measure, "interleaved", lambda sides, *rest: timed.append([*sides]) or interleaved(sides, *rest)
+    )
+    path = tmp_path / "rows.csv"
+    code, out, err = call("--tokens", "5,30", "--dtype", dtype, "--csv", path)
+    assert (code, err) == (1, "")
+    assert timed == [["zemoe", "torch", "eager"], ["zemoe", "torch"]]
+    assert re.search(r"^eager is wrong: .*; not timed for tiny at T = 30$", out, re.M)
+    assert re.search(r"^ *30 .* - +- *$", out, re.M)
+    with path.open(newline="") as file:
+        right, wrong = csv.DictReader(file)
+    assert right["eager_method"] == "clock" and float(right["eager_ms"]) > 0
+    assert wrong["eager_method"].startswith("wrong: ") and wrong["eager_ms"] == wrong["eager_ratio"] == ""
+    assert call("--tokens", "5")[0] == 0
 
 
 def test_tokens_whose_choice_is_a_matter_of_rounding_are_not_checked():

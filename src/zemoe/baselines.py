@@ -1,13 +1,18 @@
-"""What `zemoe bench` times zemoe against: one entry in BASELINES each."""
+"""What `zemoe bench` times zemoe against: one entry in BASELINES each.
+
+T tokens, H hidden size, E FFN experts, K choices a token, P (token, FFN expert) pairs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .experts import fused_experts
@@ -36,14 +41,11 @@ def _torch(layer: MoE) -> Call:
     return call
 
 
-def _eager(layer: MoE) -> Call:
+def _eager(layer: MoE, make_config: Any, make_module: Any) -> Call:
     """transformers' own module on the weights of `layer`, nothing copied.
 
     It would allocate rows of `gate_up_proj` for zero experts too, which it never reads; here it has none.
     """
-    from transformers import LongcatFlashConfig
-    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
-
     config = layer.config
     sizes: dict[str, Any] = {
         "hidden_size": config.hidden_size,
@@ -55,7 +57,7 @@ def _eager(layer: MoE) -> Call:
         "routed_scaling_factor": config.routed_scaling_factor,
     }
     with torch.device("meta"):
-        eager = LongcatFlashMoE(LongcatFlashConfig(**sizes))
+        eager = make_module(make_config(**sizes))
     eager.experts.gate_up_proj, eager.experts.down_proj = layer.w13, layer.w2
     eager.router.classifier.weight = layer.router.classifier.weight
     eager.router.register_buffer("e_score_correction_bias", layer.router.e_score_correction_bias)
@@ -63,33 +65,159 @@ def _eager(layer: MoE) -> Call:
     return lambda x_TH: eager(x_TH[None])[0]
 
 
+def _vllm(layer: MoE, make_router: Any, experts: Any) -> Call:
+    """What vLLM's LongCat layer does: a float32 product, its router for zero experts, its Triton experts, their sum.
+
+    The router turns a zero choice into FFN expert 0 with weight 0 and keeps the zero experts' sum, scaled too, aside.
+    """
+    config = layer.config
+    router = make_router(
+        top_k=config.top_k,
+        global_num_experts=config.num_experts,
+        e_score_correction_bias=layer.router.e_score_correction_bias,
+        num_logical_experts=config.num_experts,
+        zero_expert_type="identity",
+        scoring_func=config.scoring_func,
+        renormalize=False,
+        routed_scaling_factor=config.routed_scaling_factor,
+    )
+
+    def call(x_TH: Tensor) -> Tensor:
+        logits_TA = F.linear(x_TH.float(), layer.router.classifier.weight)
+        weights_TK, ids_TK = router._compute_routing(x_TH, logits_TA, None)
+        y_TH = experts(x_TH, layer.w13, layer.w2, weights_TK, ids_TK)
+        return y_TH + router.zero_expert_output
+
+    return call
+
+
+def _add_identities(y_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, real_TK: Tensor) -> Tensor:
+    """Add to y, in place and in one launch, what the choices that are not `real` are worth: identities of x."""
+    return y_TH.addcmul_(x_TH, torch.where(real_TK, 0.0, weights_TK).sum(-1, keepdim=True))
+
+
+def _sonicmoe(layer: MoE, experts: Any, activations: Any) -> Call:
+    E = layer.config.num_experts
+    w1, w2 = layer.w13.permute(1, 2, 0), layer.w2.permute(1, 2, 0)  # views: it wants the experts last
+
+    def call(x_TH: Tensor) -> Tensor:
+        routing = layer.router(x_TH)
+        weights_TK, ids_TK = routing.topk_weights_TK, routing.topk_ids_TK
+        real_TK = ids_TK < E
+        pairs_P = real_TK.flatten().nonzero().squeeze(1)  # in the order of tokens, as it must be; waits for the device
+        if not len(pairs_P):  # it can't launch a grid of nothing
+            return _add_identities(torch.zeros_like(x_TH), x_TH, weights_TK, real_TK)
+        y_TH, _ = experts(
+            x_TH,
+            weights_TK.flatten()[pairs_P],
+            (pairs_P // ids_TK.shape[1]).int(),
+            ids_TK.flatten()[pairs_P].int(),
+            w1,
+            None,
+            w2,
+            None,
+            E,
+            torch.cuda.current_stream().cuda_stream,
+            activations.SWIGLU,
+            True,  # inference: what only its backward needs is not written
+            concat_layout=True,  # gate rows before up rows
+        )
+        return _add_identities(y_TH, x_TH, weights_TK, real_TK)
+
+    return call
+
+
+def _liger(layer: MoE, experts: Any) -> Call:
+    E = layer.config.num_experts
+
+    def call(x_TH: Tensor) -> Tensor:
+        routing = layer.router(x_TH)
+        weights_TK, ids_TK = routing.topk_weights_TK, routing.topk_ids_TK
+        real_TK = ids_TK < E
+        y_TH = experts.apply(
+            x_TH,
+            layer.w13,
+            layer.w2,
+            torch.where(real_TK, ids_TK, 0).int(),  # it takes K FFN experts a token, no fewer
+            torch.where(real_TK, weights_TK, 0.0),
+        )
+        return _add_identities(y_TH, x_TH, weights_TK, real_TK)
+
+    return call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """about: one line for people. module: what must be importable.
+    """about: one line for people. module: what must be installed. devices: the device types that it runs on.
 
-    build: from a layer to a call that computes the same from hidden states, router included; None where zemoe has no
-    adapter that ever ran beside the real package, so that none is offered.
+    parts: what of the package is called, "module:name" each. adapt: from a layer and the parts to a call that computes
+    the same from hidden states, router included, on the weights of the layer (softmax scores, identity zero experts).
     """
 
     about: str
     module: str
-    build: Callable[[MoE], Call] | None = None
+    adapt: Callable[..., Call]
+    parts: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cuda",)
 
-    def why_absent(self) -> str:
-        """Why it can't be timed here, "" if it can."""
+    def why_absent(self, device_type: str) -> str:
+        """Why it can't be timed here, "" if it can. Imports the package where there is no other reason."""
         if find_spec(self.module) is None:
             return "not installed"
-        return "" if self.build is not None else "installed, but zemoe has no adapter for it that was ever tried"
+        if device_type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        try:
+            self._loaded()
+        except (ImportError, AttributeError) as error:
+            return f"installed, but what zemoe calls is missing: {error}"
+        return ""
+
+    def build(self, layer: MoE) -> Call:
+        """The call for one layer; it follows changes of the layer's weights and of its selection bias."""
+        return self.adapt(layer, *self._loaded())
+
+    def _loaded(self) -> list[Any]:
+        return [resolve_name(part) for part in self.parts]
 
 
 BASELINES: dict[str, Baseline] = {
     "torch": Baseline(
         about="zemoe's router and its torch backend: sort and grouped_mm, zero pairs dropped",
         module="torch",
-        build=_torch,
+        adapt=_torch,
+        devices=("cpu", "cuda"),
     ),
-    "eager": Baseline(about="transformers' LongcatFlashMoE", module="transformers", build=_eager),
-    "vllm": Baseline(about="the serving engine vLLM", module="vllm"),
-    "sonicmoe": Baseline(about="the training library SonicMoE", module="sonicmoe"),
-    "liger": Baseline(about="Liger's kernels", module="liger_kernel"),
+    "eager": Baseline(
+        about="transformers' LongcatFlashMoE",
+        module="transformers",
+        adapt=_eager,
+        parts=(
+            "transformers:LongcatFlashConfig",
+            "transformers.models.longcat_flash.modeling_longcat_flash:LongcatFlashMoE",
+        ),
+        devices=("cpu", "cuda"),
+    ),
+    "vllm": Baseline(
+        about="the serving engine vLLM: its router for zero experts and Triton experts, as its LongCat layer runs them",
+        module="vllm",
+        adapt=_vllm,
+        parts=(
+            "vllm.model_executor.layers.fused_moe.router.zero_expert_router:ZeroExpertRouter",
+            "vllm.model_executor.layers.fused_moe.fused_moe:fused_experts",
+        ),
+    ),
+    "sonicmoe": Baseline(
+        about="the training library SonicMoE, its forward, given the real pairs only; zemoe's router, identities added "
+        "after",
+        module="sonicmoe",
+        adapt=_sonicmoe,
+        parts=("sonicmoe:moe_general_routing_inputs", "sonicmoe.enums:ActivationType"),
+    ),
+    "liger": Baseline(
+        about="Liger's fused experts for training, their forward, zero choices as FFN expert 0 with weight 0; zemoe's "
+        "router, identities added after",
+        module="liger_kernel",
+        adapt=_liger,
+        parts=("liger_kernel.ops:LigerFusedMoEFunction",),
+    ),
 }

@@ -17,7 +17,7 @@ from . import __version__, bench_layer, bench_show, measure
 from .baselines import BASELINES
 from .bench_layer import Case
 from .bench_plan import BenchRequest, Plan, make_plan
-from .bench_row import Row
+from .bench_row import WRONG, Row
 from .doctor import device_name, versions
 from .generate import CommandError
 
@@ -75,7 +75,7 @@ def _measure_case(
     before = len(rows)
     progress.say(f"{case.name}: making the weights")
     layer = bench_layer.build(case, plan.dtype, plan.device)
-    built = {"zemoe": layer, **{name: BASELINES[name].build(layer) for name in plan.baselines}}  # type: ignore[misc]
+    built = {"zemoe": layer, **{name: BASELINES[name].build(layer) for name in plan.baselines}}
     for zero_share in plan.zero_shares:
         if zero_share is not None or plan.request.skew is not None:
             try:
@@ -105,8 +105,9 @@ def _write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) ->
 def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict[str, Any]]:
     """Show tables on `out` and progress on `status`; the exit code, and the result for programs.
 
-    Ctrl-C ends the measuring; what was measured until then is still shown and written. Raises CommandError, with code
-    1 where zemoe or a baseline computes something else than the reference.
+    Ctrl-C ends the measuring; what was measured until then is still shown and written. A baseline that computes
+    something else than the reference is named, left out, and makes the exit code 1. Raises CommandError, with code 1
+    where zemoe does.
     """
     plan = make_plan(request)
     rows: list[dict[str, Any]] = []
@@ -159,4 +160,5 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
         from .bench_plot import plot
 
         plot(rows, plan.baselines, bench_show.headline(about, rows[0]["dtype"]), request.plot)
-    return 130 if finish == "interrupted" else 0, result
+    wrong = any(row[f"{name}_method"].startswith(WRONG) for row in rows for name in plan.baselines)
+    return 130 if finish == "interrupted" else int(wrong), result

@@ -141,7 +141,7 @@ def make_plan(request: BenchRequest) -> Plan:
             raise CommandError(f"--plot must end in one of {', '.join(_SUFFIXES)}, got {request.plot}")
         if find_spec("matplotlib") is None:
             raise CommandError("--plot needs matplotlib, which is not installed: pip install 'zemoe[report]'", 1)
-    absent = {name: BASELINES[name].why_absent() for name in dict.fromkeys(request.baselines)}
+    absent = {name: BASELINES[name].why_absent(device.type) for name in dict.fromkeys(request.baselines)}
     plan = Plan(
         request=request,
         cases=[known[name] for name in dict.fromkeys(names)],

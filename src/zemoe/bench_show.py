@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .bench_layer import Case
+from .bench_row import WRONG
 
 
 def figures(value: float | None, digits: int = 3) -> str:
@@ -104,6 +105,11 @@ def notes(absent: dict[str, str], rows: list[dict[str, Any]], baselines: list[st
         if "out of memory" in methods:
             tokens = [row["T"] for row, method in zip(rows, methods, strict=True) if method == "out of memory"]
             found.append(f"{name} does not fit into memory at T = {_listed(tokens)}")
+        found += [
+            f"{name} is {method}; not timed for {row['case']} at T = {row['T']}"
+            for row, method in zip(rows, methods, strict=True)
+            if method.startswith(WRONG)
+        ]
     if any(row["floor_ratio"] < 1 for row in rows):
         found.append(
             "some times are below the floor: the machine was busier when its ceilings were measured, or a cache held "
