@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 import triton
 
+from zemoe.kernels.triton.coefficients import IDENTITY
 from zemoe.kernels.triton.forward import down, gate_up
-from zemoe.kernels.triton.plan import IDENTITY, prepare
+from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product, rows_per_tile, schedule
 
 PROCESSORS = 132
@@ -33,6 +34,7 @@ SIZES = {
     32: [(32, 128, 4, 4), (32, 256, 4, 2), (64, 64, 4, 4), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
     64: [(64, 64, 4, 5), (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 8, 4), (128, 128, 4, 2), (256, 64, 4, 3)],
     128: [(64, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4)],
+    192: [(128, 32, 8, 4), (128, 32, 8, 5), (128, 32, 8, 6), (128, 64, 8, 3)],  # gate_up only
 }
 
 
@@ -41,9 +43,11 @@ def variants(product: str, block_m: int) -> list[Product]:
     found = [
         Product(block_m, *size, tma) for size in SIZES[block_m] for tma in ((True,) if block_m > 64 else (True, False))
     ]
-    if block_m == 128:
+    if block_m >= 128:
         flat = product == "down"
-        found += [Product(128, *size, True, PROCESSORS, flat) for size in SIZES[128]]
+        found += [Product(block_m, *size, True, PROCESSORS, flat) for size in SIZES[block_m]]
+    if product == "down" and block_m > 128:
+        return []
     return [how for how in found if product == "down" or how.block_n <= 128]
 
 
@@ -82,8 +86,8 @@ class Layer:
     def run(self, product: str, plan: tuple[torch.Tensor, ...], how: Product, inner: torch.Tensor | None):
         row_token, _, offsets, tiles, *_ = plan
         if product == "gate_up":
-            return gate_up(self.x, row_token, offsets, tiles, self.w13, "silu", how)
-        return down(inner, offsets, tiles, self.w2, how)
+            return gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", how)
+        return down(inner, offsets, tiles[-1], self.w2, how)
 
 
 def compile_one(job: tuple[str, str, Product]) -> str:
@@ -124,7 +128,7 @@ def measure(case: str, tokens: int, broken: set) -> list[dict]:
     plans = {size: layer.plans(size) for size in SIZES}
     real = int(plans[16][0][2][-1])
     inner = layer.run("gate_up", plans[block_m][0], taken.gate_up, None)
-    judges = {"gate_up": inner, "down": layer.run("down", plans[block_m][0], taken.down, inner)}
+    judges = {"gate_up": inner, "down": layer.run("down", plans[taken.down.block_m][0], taken.down, inner)}
     for product, how in variants_of(case, tokens):
         if (case, product, how) in broken:
             continue

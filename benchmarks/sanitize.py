@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.forward import moe_ffn
-from zemoe.kernels.triton.plan import CONSTANT, IDENTITY, SCALED, ZERO, prepare
+from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.route import select_experts
 from zemoe.kernels.triton.router import Way, router_logits
 from zemoe.kernels.triton.tiles import schedule
@@ -124,6 +125,7 @@ def main() -> None:
         lambda: routing(24, 4, bias=normal(24), num_expert_group=3, topk_group=2, scoring="sigmoid"),
         lambda: experts("descriptors", 9, 72, 40, 16),
         lambda: experts("descriptors, persistent", 9, 72, 40, 128, many=True),
+        lambda: experts("descriptors, tall", 150, 72, 40, 192),
         lambda: experts("pointers", 9, 37, 19, 16),
         lambda: experts("pointers, no alignment, K = A", 5, 72, 40, 32, A, shift=1),
         one_token,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from judge import BY_NAME, Case, assert_bitwise, check_selection, judge
 from memory import moved, strided
-from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, reference, select_experts
+from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, ops_triton, reference, select_experts
 from zemoe.experts import resolve_backend
 from zemoe.routing import router_logits
 
@@ -162,6 +162,14 @@ def test_more_experts_than_it_takes_go_to_torch() -> None:
     case = Case("many", "E = 1030", T=3, H=8, I=8, E=1030)
     inputs = case.inputs(torch.bfloat16)
     judge(layer(case, on_gpu(inputs), None), case.reference(inputs), case.reference(inputs, torch.bfloat16))
+
+
+@pytest.mark.parametrize("T", [250, 2000])  # tall tiles: at most one an expert, and several
+def test_many_rows_an_expert(T: int) -> None:
+    case = Case("tall", "192 rows a tile", T=T, H=136, I=72, E=4, kinds=(("identity", 2),), K=2)
+    assert ops_triton.rows_per_tile(T, case.K, case.A) == 192
+    inputs = case.inputs(torch.bfloat16)
+    judge(layer(case, on_gpu(inputs)), case.reference(inputs), case.reference(inputs, torch.bfloat16))
 
 
 @pytest.mark.parametrize(("E", "Z", "K"), [(900, 200, 12), (48, 16, 40)])
@@ -357,9 +365,9 @@ def test_the_same_bits_again(T: int) -> None:
 def test_workspace() -> None:
     """At T = 4096: the two products' rows, N (I + H) elements of 2 bytes, and the plan; nothing else is kept or taken.
 
-    The plan is 8 N + 8 (P + 1) + 4 (E + 1) + 4 T bytes (rows to tokens and choices to rows, tiles, offsets, alpha) with
-    P = min(E, N) + N // 128 tiles; while it is made, 4 bytes for each expert (E rounded up to a power of two) in each
-    of at most 128 blocks. In bytes that were asked for; PyTorch rounds each of its allocations up.
+    The plan is 8 N + 16 (P + 1) + 4 (E + 1) + 4 T bytes (rows to tokens and choices to rows, two lists of tiles,
+    offsets, alpha) with P = min(E, N) + N // 128 tiles; while it is made, 4 bytes for each expert (E rounded up to a
+    power of two) in each of at most 128 blocks. Bytes that were asked for; PyTorch rounds each of its allocations up.
     """
     T, H, I, E, K = 4096, 1024, 512, 32, 8
     case = Case("memory", "", T=T, H=8, I=8, E=E, kinds=(("identity", 16),), K=K)
@@ -378,7 +386,7 @@ def test_workspace() -> None:
     out = run()
     torch.cuda.synchronize()
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    plan = 8 * N + 8 * (min(E, N) + N // 128 + 1) + 4 * (E + 1) + 4 * T
+    plan = 8 * N + 16 * (min(E, N) + N // 128 + 1) + 4 * (E + 1) + 4 * T
     counts = 4 * 128 * E
     rows = N * (I + H) * 2
     assert rows < peak - out.nbytes <= rows + plan + counts

@@ -5,6 +5,8 @@ float16 without a GPU: Triton 3.6's interpreter multiplies the bits of bfloat16 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ def descriptors(block_m: int, block_h: int = 32) -> Schedule:
     return Schedule(block_m, gate_up, Product(block_m, 64, 32, 4, 2, True, 3, True), block_h)
 
 
+TALL = Schedule(192, Product(192, 16, 32, 4, 2, True), Product(128, 32, 32, 4, 2, True), 64)
 ONE_TOKEN = Schedule(1, Product(1, 8, 32, 4, 1, False), Product(1, 16, 8, 4, 1, False), 64)
 
 
@@ -60,6 +63,13 @@ def check(case: Case, dtype: torch.dtype, how: Schedule, device: str, activation
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_pointers(case: Case, dtype: torch.dtype, device: str) -> None:
     check(case, dtype, ONE_TOKEN if case.T == 1 else pointers(16), device)
+
+
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("T", [150, 330])  # about 100 and 220 rows an expert: below 128, and more than one tile
+def test_tall_tiles(T: int, tma: bool, device: str) -> None:
+    how = Schedule(192, replace(TALL.gate_up, tma=tma), replace(TALL.down, tma=tma), TALL.block_h)
+    check(Case("tall", "192 rows a tile", T=T, H=40, I=24, E=2, kinds=(("identity", 1),), K=2), DTYPES[0], how, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

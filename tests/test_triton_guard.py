@@ -169,6 +169,7 @@ SHAPES = [
     ONE_TOKEN,
     Shape(Case("one_odd_token", "odd H and I, top 1", T=1, H=37, I=19, E=2, kinds=(), K=1), 1),
     Shape(Case("persistent", "as for many tokens", T=12, H=72, I=40, E=2, kinds=KINDS), 128, tokens=10**6),
+    Shape(Case("tall", "192 rows a tile", T=210, H=24, I=16, E=2, kinds=KINDS, K=4), 192),
     Shape(Case("choose_all", "K = A", T=5, H=40, I=24, E=4, kinds=KINDS, K=8), 32),
     Shape(Case("no_experts", "E = 0", T=5, E=0, kinds=(("identity", 4),)), 128, tokens=10**6),
     Shape(replace(DESCRIPTORS.case, name="unaligned"), 64, shift=1),
@@ -218,12 +219,12 @@ def layer(shape: Shape, inputs: Inputs, at_once: bool = False) -> Callable[[Fenc
         if not (case.T and case.K and w13.numel()):
             return [*plan, whole()]
         if shape.block_m == 1:
-            out = one_token(x, weights, slot_row, tiles, w13, w2, tuple(affine), "silu", how)
+            out = one_token(x, weights, slot_row, tiles[0], w13, w2, tuple(affine), "silu", how)
             fence.check("one_token", out)
         else:
-            inner = gate_up(x, row_token, offsets, tiles, w13, "silu", how.gate_up)
+            inner = gate_up(x, row_token, offsets, tiles[0], w13, "silu", how.gate_up)
             fence.check("gate_up", inner)
-            rows = down(inner, offsets, tiles, w2, how.down)
+            rows = down(inner, offsets, tiles[-1], w2, how.down)
             fence.check("down", rows)
             out = combine(rows, slot_row, weights, x, *affine, how.block_h)
             fence.check("combine", out)

@@ -7,7 +7,9 @@ import torch
 
 from judge import CASES, Case, assert_bitwise
 from zemoe.affine import AffineParams, affine_coefficients
-from zemoe.kernels.triton.plan import CONSTANT, IDENTITY, SCALED, ZERO, max_tiles, prepare
+from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
+from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.tiles import max_tiles
 from zemoe.plan import make_plan
 
 pytestmark = [
@@ -31,10 +33,10 @@ def random_ids(T: int, K: int, A: int, seed: int = 0, low: int = 0) -> torch.Ten
     return torch.randint(low, A, (T, K), generator=torch.Generator().manual_seed(seed))
 
 
-def expected_tiles(offsets: list[int], N: int, block_m: int) -> list[list[int]]:
+def expected_tiles(offsets: list[int], block_m: int, most: int) -> list[list[int]]:
     E = len(offsets) - 1
     used = [[e, row] for e in range(E) for row in range(offsets[e], offsets[e + 1], block_m)]
-    return [[len(used), 0], *used, *[[-1, 0]] * (max_tiles(N, E, block_m) - len(used))]
+    return [[len(used), 0], *used, *[[-1, 0]] * (most - len(used))]
 
 
 def check(ids, E, device, way, *, kinds=(), block_m=16, weights=None, num_slots=-1, scale=None, logits=None):
@@ -61,7 +63,9 @@ def check(ids, E, device, way, *, kinds=(), block_m=16, weights=None, num_slots=
         assert ours.dtype == torch.int32 and ours.shape == theirs.shape
         assert torch.equal(ours.cpu().long(), theirs)
     assert tiles.dtype == torch.int32
-    assert tiles.tolist() == expected_tiles(offsets.tolist(), T * K, block_m)
+    sizes = [192, 128] if block_m == 192 else [block_m]  # one list of tiles for each product where they differ
+    most = max_tiles(T * K, E, min(sizes))
+    assert tiles.tolist() == [expected_tiles(offsets.tolist(), size, most) for size in sizes]
     expected_alpha, expected_beta = affine_coefficients(
         weights,
         ids,
@@ -116,6 +120,12 @@ def test_one_expert_takes_all(block_m, way, device):
     check(torch.full((14, 5), 3), 6, device, way, block_m=block_m)
     check(torch.full((3, 5), 5), 6, device, way, block_m=block_m)
     check(torch.full((3, 5), 0), 6, device, way, block_m=block_m)
+
+
+@pytest_ways
+def test_a_list_of_tiles_for_each_product(way, device):
+    check(random_ids(400, 3, 5), 3, device, way, block_m=192)
+    check(random_ids(2, 3, 5), 3, device, way, block_m=192)
 
 
 @pytest_ways

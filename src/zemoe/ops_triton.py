@@ -163,7 +163,8 @@ define(
 def _prepare_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
-    from .kernels.triton.plan import CONSTANT, prepare
+    from .kernels.triton.coefficients import CONSTANT
+    from .kernels.triton.plan import prepare
 
     if topk_ids.numel() >= MOST_PAIRS:
         raise ValueError(f"topk_ids must have fewer than {MOST_PAIRS} entries, got {tuple(topk_ids.shape)}")
@@ -191,9 +192,11 @@ def _prepare_fake(
 ) -> tuple[Tensor, ...]:
     T, K = topk_ids.shape
     N = T * K
-    P = min(num_experts, N) + N // block_m
+    block_ms = set(tile_sizes.rows_of_products(block_m))
+    P = tile_sizes.max_tiles(N, num_experts, min(block_ms))
     C = 0 if constant_logits is None else constant_logits.shape[1]
-    integers = (topk_ids.new_empty(size, dtype=torch.int32) for size in (N, (T, K), num_experts + 1, (P + 1, 2)))
+    sizes = N, (T, K), num_experts + 1, (len(block_ms), P + 1, 2)
+    integers = (topk_ids.new_empty(size, dtype=torch.int32) for size in sizes)
     return (*integers, weights.new_empty(T), weights.new_empty((T, C)))
 
 
@@ -210,8 +213,9 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC): see zemoe.plan and zemoe.affine.
 
-    kinds: (code of zemoe.affine.CODES, count) in id order. tiles: [P + 1, 2], the number of tiles, then expert and
-    first row of each. Integers are int32; beta is [T, 0] without constant experts.
+    block_m: what rows_per_tile returns. kinds: (code of zemoe.affine.CODES, count) in id order. tiles: [L, P + 1, 2],
+    one list for both products or one each: the number of tiles, then expert and first row of each. Integers are int32;
+    beta is [T, 0] without constant experts.
     """
     return torch.ops.zemoe.prepare(
         weights_TK, topk_ids_TK, num_experts, num_slots, block_m, _flat(kinds), scale_S, constant_logits_TC2

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import begin, launch_options
 from .tiles import cdiv
 
 
@@ -49,7 +50,9 @@ def _combine(
     K: tl.constexpr,
     C: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column_N = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = column_N < H
@@ -90,5 +93,6 @@ def combine(
         0 if beta_TC is None else beta_TC.shape[1],
         block_h,
         num_warps=max(1, min(8, block_h // 512)),
+        **launch_options(x_TH),
     )
     return out_TH

@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import affine_terms, combine
-from .tiles import Product, Schedule, cdiv
+from .launch import begin, launch_options
+from .tiles import Product, Schedule, cdiv, max_tiles
 
 
 @triton.jit
@@ -55,6 +56,36 @@ def _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
+def _tokens_of(x, row_token, row_M, end, stride_x):
+    """Where in x the tokens of rows begin, and which of the rows come before `end`."""
+    in_expert_M = row_M < end
+    token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
+    return x + token_M.to(tl.int64) * stride_x, in_expert_M
+
+
+@triton.jit
+def _gather(x_M, in_expert_M, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[M, BLOCK_K] of the tokens that x_M points to, from column k on."""
+    columns = k + tl.arange(0, BLOCK_K)
+    mask = in_expert_M[:, None]
+    if H % BLOCK_K != 0:
+        mask = mask & (columns < H)[None, :]
+    return tl.load(x_M[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_activated(acc, inner, row_M, in_expert_M, column, I, ACTIVATION: tl.constexpr):
+    """Gate and up sums, [M, 2 n], to act(gate) * up in columns column to column + n of rows row_M."""
+    M: tl.constexpr = acc.shape[0]
+    n: tl.constexpr = acc.shape[1] // 2
+    gate, up = acc.reshape([M, 2, n]).permute(0, 2, 1).split()
+    out = (_activate(gate, ACTIVATION) * up).to(inner.dtype.element_ty)
+    column_N = column + tl.arange(0, n)
+    mask = in_expert_M[:, None] & (column_N < I)[None, :]
+    tl.store(inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :], out, mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
 def _gate_up(
     x,
     row_token,
@@ -67,37 +98,44 @@ def _gate_up(
     I: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    MORE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """inner[n] = act(gate(x[token of n])) * up(x[token of n])."""
+    """inner[n] = act(gate(x[token of n])) * up(x[token of n]); tiles of BLOCK_M + MORE_M rows."""
+    begin(OVERLAP)
     blocks_n: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     for index in range(tl.program_id(0), tl.load(tiles) * blocks_n, tl.num_programs(0)):
         tile = tiles + 2 * (1 + index // blocks_n)
         expert = tl.load(tile)
         column = index % blocks_n * BLOCK_N
-        row_M = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
-        in_expert_M = row_M < tl.load(offsets + expert + 1)
-        token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
-        x_M = x + token_M.to(tl.int64) * stride_x
+        first_row = tl.load(tile + 1)
+        end = tl.load(offsets + expert + 1)
+        row_M = first_row + tl.arange(0, BLOCK_M)
+        x_M, in_expert_M = _tokens_of(x, row_token, row_M, end, stride_x)
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
-        for k in range(0, H, BLOCK_K):
-            columns = k + tl.arange(0, BLOCK_K)
-            mask = in_expert_M[:, None]
-            if H % BLOCK_K != 0:
-                mask = mask & (columns < H)[None, :]
-            x_MK = tl.load(x_M[:, None] + columns[None, :], mask=mask, other=0.0)
-            w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
-            acc = tl.dot(x_MK, w_NK.T, acc)
-        gate, up = acc.reshape([BLOCK_M, 2, BLOCK_N]).permute(0, 2, 1).split()
-        out = (_activate(gate, ACTIVATION) * up).to(inner.dtype.element_ty)
-        column_N = column + tl.arange(0, BLOCK_N)
-        mask = in_expert_M[:, None] & (column_N < I)[None, :]
-        tl.store(inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :], out, mask=mask)
+        if MORE_M > 0 and end - first_row > BLOCK_M:
+            row_L = first_row + BLOCK_M + tl.arange(0, MORE_M)
+            x_L, in_expert_L = _tokens_of(x, row_token, row_L, end, stride_x)
+            acc_L = tl.zeros([MORE_M, 2 * BLOCK_N], dtype=tl.float32)
+            for k in range(0, H, BLOCK_K):
+                x_MK = _gather(x_M, in_expert_M, k, H, BLOCK_K)
+                x_LK = _gather(x_L, in_expert_L, k, H, BLOCK_K)
+                w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
+                acc = tl.dot(x_MK, w_NK.T, acc)
+                acc_L = tl.dot(x_LK, w_NK.T, acc_L)
+            _store_activated(acc_L, inner, row_L, in_expert_L, column, I, ACTIVATION)
+        else:
+            for k in range(0, H, BLOCK_K):
+                x_MK = _gather(x_M, in_expert_M, k, H, BLOCK_K)
+                w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
+                acc = tl.dot(x_MK, w_NK.T, acc)
+        _store_activated(acc, inner, row_M, in_expert_M, column, I, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
 def _down(
     inner,
     offsets,
@@ -112,8 +150,10 @@ def _down(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[n] = inner[n] times the transposed w2 of its expert."""
+    begin(OVERLAP)
     blocks_n: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     work = tl.load(tiles) * blocks_n
     for index in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=FLATTEN):
@@ -143,8 +183,10 @@ def _gate_up_one(
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token: row n of `inner` is the n-th tile's expert. No tensor cores, every weight is used once."""
+    begin(OVERLAP)
     expert = tl.load(tiles + 2 * (1 + tl.program_id(0)))
     if expert >= 0:
         column_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -181,8 +223,10 @@ def _down_one(
     C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token: its FFN outputs, weighted and summed in the order of the choices, and the affine terms."""
+    begin(OVERLAP)
     column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_out = column_N < H
     y_N = affine_terms(x, alpha, beta, value, column_N, H, C, BLOCK_N >= H)
@@ -213,7 +257,8 @@ def gate_up(
     (E, two_I, H), N = w13.shape, row_token_N.shape[0]
     I = two_I // 2
     inner_NI = x_TH.new_empty((N, I))
-    grid = (how.programs((tiles.shape[0] - 1) * cdiv(I, how.block_n)),)
+    block_m = 1 << (how.block_m.bit_length() - 1)
+    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(I, how.block_n)),)
     _gate_up[grid](
         x_TH,
         row_token_N,
@@ -225,21 +270,23 @@ def gate_up(
         H,
         I,
         activation,
-        how.block_m,
+        block_m,
+        how.block_m - block_m,
         how.block_n,
         how.block_k,
         how.tma,
         num_warps=how.warps,
         num_stages=how.stages,
+        **launch_options(x_TH),
     )
     return inner_NI
 
 
 def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Product) -> Tensor:
     """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were."""
-    (_, H, I), N = w2.shape, inner_NI.shape[0]
+    (E, H, I), N = w2.shape, inner_NI.shape[0]
     out_NH = inner_NI.new_empty((N, H))
-    grid = (how.programs((tiles.shape[0] - 1) * cdiv(H, how.block_n)),)
+    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(H, how.block_n)),)
     _down[grid](
         _descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
         offsets,
@@ -256,6 +303,7 @@ def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Prod
         how.flatten,
         num_warps=how.warps,
         num_stages=how.stages,
+        **launch_options(inner_NI),
     )
     return out_NH
 
@@ -277,8 +325,18 @@ def one_token(
     inner_NI = x_TH.new_empty((K, I))
     out_TH = x_TH.new_empty((1, H))
     block_n, block_k = how.gate_up.block_n, how.gate_up.block_k
-    _gate_up_one[(tiles.shape[0] - 1, cdiv(I, block_n))](
-        x_TH, tiles, w13, inner_NI, H, I, activation, block_n, block_k, num_warps=how.gate_up.warps
+    _gate_up_one[(K, cdiv(I, block_n))](
+        x_TH,
+        tiles,
+        w13,
+        inner_NI,
+        H,
+        I,
+        activation,
+        block_n,
+        block_k,
+        num_warps=how.gate_up.warps,
+        **launch_options(x_TH),
     )
     block_n, block_k = how.down.block_n, how.down.block_k
     _down_one[(cdiv(H, block_n),)](
@@ -299,6 +357,7 @@ def one_token(
         block_n,
         block_k,
         num_warps=how.down.warps,
+        **launch_options(x_TH),
     )
     return out_TH
 
@@ -328,7 +387,7 @@ def moe_ffn(
         rows_NH = x_TH.new_zeros((N, x_TH.shape[1])) if len(w13) else x_TH
         return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     if how.block_m == 1:
-        return one_token(x_TH, weights_TK, slot_row_TK, tiles, w13, w2, affine, activation, how)
-    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles, w13, activation, how.gate_up)
-    out_NH = down(inner_NI, offsets, tiles, w2, how.down)
+        return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, how)
+    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up)
+    out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down)
     return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)

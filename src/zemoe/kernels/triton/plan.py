@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ZERO, IDENTITY, SCALED, CONSTANT = range(4)
+from .coefficients import CONSTANT, coefficients, entries_of
+from .launch import begin, launch_options
+from .tiles import max_tiles, rows_of_products
 
 # Above this many choices two launches are faster than one.
 MOST_COMPARED = 2048
@@ -36,12 +38,7 @@ _TILE_PROGRAMS = 16
 _TILES_AT_ONCE = 32
 _COUNTING_WARPS = 4
 _PLACING_WARPS = 4
-_AFFINE_TOKENS = 64
-
-
-def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
-    return min(num_experts, num_rows) + num_rows // block_m
+_COEFFICIENT_TOKENS = 64
 
 
 # triton's own return what its type hints call a constexpr.
@@ -53,74 +50,10 @@ def _parts(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def _entries(kinds: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, int, int], ...]:
-    """(kind, first slot after E, slots, how many slots of this kind there are before it) of each entry of `kinds`."""
-    return tuple(
-        (kind, sum(n for _, n in kinds[:i]), count, sum(n for other, n in kinds[:i] if other == kind))
-        for i, (kind, count) in enumerate(kinds)
-    )
-
-
 @triton.jit
 def _expert(id, valid, E):
     """The FFN expert of each id, E for anything else. Compared before it is narrowed: an int64 may hold anything."""
     return tl.where(valid & (id >= 0) & (id < E), id, E).to(tl.int32)
-
-
-@triton.jit
-def _affine(
-    weights_ptr,
-    ids_ptr,
-    scale_ptr,
-    constant_ptr,
-    alpha_ptr,
-    beta_ptr,
-    first_token,
-    T,
-    E,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    KINDS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """alpha and beta of BLOCK_T tokens, by the rules of zemoe.affine. KINDS: what _entries returns."""
-    t = first_token + tl.arange(0, BLOCK_T)
-    k = tl.arange(0, BLOCK_K)
-    at = t[:, None] * K + k[None, :]
-    exists = (t < T)[:, None] & (k < K)[None, :]
-    id = tl.load(ids_ptr + at, mask=exists, other=-1)
-    weight = tl.load(weights_ptr + at, mask=exists, other=0.0)
-    alpha = tl.zeros([BLOCK_T], dtype=tl.float32)
-    constant = tl.full([BLOCK_T, BLOCK_K], -1, dtype=tl.int32)
-    for i in tl.static_range(len(KINDS)):
-        first = E + KINDS[i][1]
-        mine = (id >= first) & (id < first + KINDS[i][2])
-        w = tl.where(mine, weight, 0.0)
-        if KINDS[i][0] == 0:  # by multiplication, so that a lost token's NaN reaches its output
-            alpha += tl.sum(w * 0.0, axis=1)
-        elif KINDS[i][0] == 1:
-            alpha += tl.sum(w, axis=1)
-        elif KINDS[i][0] == 2:
-            scale = tl.load(scale_ptr + (id - first + KINDS[i][3]), mask=mine, other=0.0).to(tl.float32)
-            alpha += tl.sum(w * scale, axis=1)
-        else:
-            constant = tl.where(mine, (id - first + KINDS[i][3]).to(tl.int32), constant)
-    if C > 0:
-        w = tl.where(constant >= 0, weight, 0.0)
-        # A NaN among these weights loses every constant of the token.
-        lost = tl.sum((w != w).to(tl.int32), axis=1) > 0
-        for j in range(C):
-            w_c = tl.where(lost, float("nan"), tl.sum(tl.where(constant == j, w, 0.0), axis=1))
-            pair_ptr = constant_ptr + (t * C + j) * 2
-            a1 = tl.load(pair_ptr, mask=t < T, other=0.0)
-            a2 = tl.load(pair_ptr + 1, mask=t < T, other=0.0)
-            largest = tl.maximum(a1, a2)
-            a1 = tl.exp(a1 - largest)
-            a2 = tl.exp(a2 - largest)
-            alpha += w_c * (a1 / (a1 + a2))
-            tl.store(beta_ptr + t * C + j, w_c * (a2 / (a1 + a2)), mask=t < T)
-    tl.store(alpha_ptr + t, alpha, mask=t < T)
 
 
 @triton.jit
@@ -132,29 +65,31 @@ def _write_schedule(
     programs,
     E,
     P,
-    BLOCK_M: tl.constexpr,
+    BLOCK_MS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A share of the tiles; program 0 writes the offsets and the number of tiles as well. rows_e: an expert's rows."""
+    """A share of each list's tiles; program 0 writes offsets and numbers of tiles as well. rows_e: an expert's rows."""
     e = tl.arange(0, BLOCK_E)
-    tiles_e = (rows_e + BLOCK_M - 1) // BLOCK_M
-    both_e = tl.cumsum((rows_e.to(tl.int64) << 32) | tiles_e)  # one scan for two
-    stop_e = (both_e >> 32).to(tl.int32)
-    last_e = both_e.to(tl.int32)
-    if program == 0:
-        tl.store(offsets_ptr, 0)
-        tl.store(offsets_ptr + 1 + e, stop_e, mask=e < E)
-        tl.store(tiles_ptr, tl.sum(tiles_e))
-        tl.store(tiles_ptr + 1, 0)
-    row_e = stop_e - rows_e - (last_e - tiles_e) * BLOCK_M  # where tile 0 would begin
-    for first in range(program * BLOCK_P, P, programs * BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        expert = tl.sum((last_e[:, None] <= p[None, :]).to(tl.int32), axis=0)
-        used = expert < BLOCK_E
-        row = tl.gather(row_e, tl.where(used, expert, 0), 0) + p * BLOCK_M
-        tl.store(tiles_ptr + 2 + 2 * p, tl.where(used, expert, -1), mask=p < P)
-        tl.store(tiles_ptr + 3 + 2 * p, tl.where(used, row, 0), mask=p < P)
+    for i in tl.static_range(len(BLOCK_MS)):
+        list_ptr = tiles_ptr + i * 2 * (P + 1)
+        tiles_e = (rows_e + BLOCK_MS[i] - 1) // BLOCK_MS[i]
+        both_e = tl.cumsum((rows_e.to(tl.int64) << 32) | tiles_e)  # one scan for two
+        stop_e = (both_e >> 32).to(tl.int32)
+        last_e = both_e.to(tl.int32)
+        if program == 0:
+            tl.store(offsets_ptr, 0)
+            tl.store(offsets_ptr + 1 + e, stop_e, mask=e < E)
+            tl.store(list_ptr, tl.sum(tiles_e))
+            tl.store(list_ptr + 1, 0)
+        row_e = stop_e - rows_e - (last_e - tiles_e) * BLOCK_MS[i]  # where tile 0 would begin
+        for first in range(program * BLOCK_P, P, programs * BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            expert = tl.sum((last_e[:, None] <= p[None, :]).to(tl.int32), axis=0)
+            used = expert < BLOCK_E
+            row = tl.gather(row_e, tl.where(used, expert, 0), 0) + p * BLOCK_MS[i]
+            tl.store(list_ptr + 2 + 2 * p, tl.where(used, expert, -1), mask=p < P)
+            tl.store(list_ptr + 3 + 2 * p, tl.where(used, row, 0), mask=p < P)
 
 
 @triton.jit
@@ -188,22 +123,24 @@ def _plan_few(
     K: tl.constexpr,
     C: tl.constexpr,
     KINDS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_MS: tl.constexpr,
     PLACED_T: tl.constexpr,
-    AFFINE_T: tl.constexpr,
+    COEFFICIENT_T: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Programs that write BLOCK_P tiles each (the slowest), that place PLACED_T tokens, that do alpha and beta."""
+    begin(OVERLAP)
     N = T * K
     pid = tl.program_id(0)
     if pid < tile_programs:
         rows_e = _count(ids_ptr, 0, N, E, COUNTED, BLOCK_E)
-        _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid, tile_programs, E, P, BLOCK_M, BLOCK_E, BLOCK_P)
+        _write_schedule(rows_e, offsets_ptr, tiles_ptr, pid, tile_programs, E, P, BLOCK_MS, BLOCK_E, BLOCK_P)
     elif pid < tile_programs + place_programs:
         start = (pid - tile_programs) * PLACED_T * K
         place = tl.arange(0, BLOCK_C)
@@ -221,9 +158,9 @@ def _plan_few(
         tl.store(row_token_ptr + row, tl.where(expert < E, c // K, 0), mask=exists)
         tl.store(slot_row_ptr + c, tl.where(expert < E, row, -1), mask=exists)
     else:
-        _affine(
+        coefficients(
             weights_ptr, ids_ptr, scale_ptr, constant_ptr, alpha_ptr, beta_ptr,
-            (pid - tile_programs - place_programs) * AFFINE_T, T, E, K, C, KINDS, AFFINE_T, BLOCK_K,
+            (pid - tile_programs - place_programs) * COEFFICIENT_T, T, E, K, C, KINDS, COEFFICIENT_T, BLOCK_K,
         )  # fmt: skip
 
 
@@ -243,21 +180,23 @@ def _count_blocks(
     K: tl.constexpr,
     C: tl.constexpr,
     KINDS: tl.constexpr,
-    AFFINE_T: tl.constexpr,
+    COEFFICIENT_T: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Programs that write one line of rows [B, BLOCK_E] each: every expert's rows in a block; then alpha and beta."""
+    begin(OVERLAP)
     pid = tl.program_id(0)
     if pid < B:
         stop = tl.minimum((pid + 1) * block_t, T)
         rows_e = _count(ids_ptr, pid * block_t * K, stop * K, E, COUNTED, BLOCK_E)
         tl.store(rows_ptr + pid * BLOCK_E + tl.arange(0, BLOCK_E), rows_e)
     else:
-        _affine(
+        coefficients(
             weights_ptr, ids_ptr, scale_ptr, constant_ptr, alpha_ptr, beta_ptr,
-            (pid - B) * AFFINE_T, T, E, K, C, KINDS, AFFINE_T, BLOCK_K,
+            (pid - B) * COEFFICIENT_T, T, E, K, C, KINDS, COEFFICIENT_T, BLOCK_K,
         )  # fmt: skip
 
 
@@ -277,13 +216,15 @@ def _place_blocks(
     tile_programs,
     K: tl.constexpr,
     PART_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_MS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Programs that write tiles, then programs that place a block each, in `parts` parts of PART_T tokens."""
+    begin(OVERLAP)
     N = T * K
     block = tl.program_id(0) - tile_programs
     e = tl.arange(0, BLOCK_E)
@@ -296,7 +237,7 @@ def _place_blocks(
         before_e += tl.sum(tl.where((b < block)[:, None], rows_be, 0), axis=0)
     if block < 0:
         _write_schedule(
-            rows_e, offsets_ptr, tiles_ptr, block + tile_programs, tile_programs, E, P, BLOCK_M, BLOCK_E, BLOCK_P
+            rows_e, offsets_ptr, tiles_ptr, block + tile_programs, tile_programs, E, P, BLOCK_MS, BLOCK_E, BLOCK_P
         )
     else:
         total = tl.sum(rows_e)
@@ -340,7 +281,7 @@ def prepare(
             left out.
         num_experts: E <= 1024.
         num_slots: A, or -1 for no bound; only checked against `kinds`, for an id without a kind counts nowhere.
-        block_m: rows of a tile.
+        block_m: rows of a tile of the first product; zemoe.kernels.triton.tiles says what the second one's are.
         kinds: (ZERO, IDENTITY, SCALED or CONSTANT, count) in id order from id E on.
         scale_S: float scales of the SCALED slots. constant_logits_TC2: float32 W_j x of the CONSTANT slots.
         most_compared: the choices up to which there is one launch. most_blocks, part: how many blocks two launches
@@ -351,7 +292,8 @@ def prepare(
         slot_row_TK int32: the row of each choice, -1 for one that has none.
         expert_offsets int32 [E + 1]: expert e owns the rows from expert_offsets[e] to expert_offsets[e + 1], in order
             of the choice index.
-        tiles int32 [P + 1, 2]: first (number of tiles, 0), then (expert, first row) of each tile, then (-1, 0).
+        tiles int32 [1 or 2, P + 1, 2]: one list for both products, or one each. In a list first (number of tiles, 0),
+            then (expert, first row) of each tile, then (-1, 0).
         alpha_T, beta_TC float32: zemoe.affine.affine_coefficients; beta None without a CONSTANT slot.
 
     Raises:
@@ -362,12 +304,13 @@ def prepare(
     C = sum(count for kind, count in kinds if kind == CONSTANT)
     if 0 <= num_slots < E + sum(count for _, count in kinds):
         raise ValueError(f"kinds must name at most num_slots={num_slots} slots with num_experts={E}, got {kinds}")
-    P = max_tiles(N, E, block_m)
+    block_ms = tuple(dict.fromkeys(rows_of_products(block_m)))
+    P = max_tiles(N, E, min(block_ms))
     make = torch.empty if N else torch.zeros
     row_token_N = make(N, dtype=torch.int32, device=device)
     slot_row_TK = make((T, K), dtype=torch.int32, device=device)
     expert_offsets = make(E + 1, dtype=torch.int32, device=device)
-    tiles = make((P + 1, 2), dtype=torch.int32, device=device)
+    tiles = make((len(block_ms), P + 1, 2), dtype=torch.int32, device=device)
     alpha_T = make(T, dtype=torch.float32, device=device)
     beta_TC = make((T, C), dtype=torch.float32, device=device) if C else None
     result = row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC
@@ -376,16 +319,16 @@ def prepare(
 
     inputs = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
     params = scale_S, None if constant_logits_TC2 is None else constant_logits_TC2.contiguous()
-    entries = _entries(kinds)
+    entries = entries_of(kinds)
     block_k = _next_power_of_2(K)
     block_e = max(_next_power_of_2(E), 16)
     if most_compared >= N:
         n = max(_next_power_of_2(N), 16)
         placed_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
-        affine_t = min(_next_power_of_2(T), _AFFINE_TOKENS)
+        coefficient_t = min(_next_power_of_2(T), _COEFFICIENT_TOKENS)
         tile_programs = max(_parts(P, _TILES_OF_A_PROGRAM), 1)
         place_programs = _parts(T, placed_t)
-        _plan_few[(tile_programs + place_programs + _parts(T, affine_t),)](
+        _plan_few[(tile_programs + place_programs + _parts(T, coefficient_t),)](
             *inputs,
             *params,
             *result,
@@ -397,9 +340,9 @@ def prepare(
             K=K,
             C=C,
             KINDS=entries,
-            BLOCK_M=block_m,
+            BLOCK_MS=block_ms,
             PLACED_T=placed_t,
-            AFFINE_T=affine_t,
+            COEFFICIENT_T=coefficient_t,
             COUNTED=min(n, _COUNTED),
             BLOCK_K=block_k,
             BLOCK_C=_next_power_of_2(placed_t * K),
@@ -407,6 +350,7 @@ def prepare(
             BLOCK_E=block_e,
             BLOCK_P=_TILES_OF_A_PROGRAM,
             num_warps=_COMPARING_WARPS,
+            **launch_options(topk_ids_TK),
         )
         return result
 
@@ -416,7 +360,7 @@ def prepare(
     parts = _parts(_parts(T, part_t), most_blocks)
     B = _parts(T, part_t * parts)
     rows = torch.empty(B * block_e, dtype=torch.int32, device=device)
-    _count_blocks[(B + _parts(T, _AFFINE_TOKENS),)](
+    _count_blocks[(B + _parts(T, _COEFFICIENT_TOKENS),)](
         *inputs,
         *params,
         rows,
@@ -429,11 +373,12 @@ def prepare(
         K=K,
         C=C,
         KINDS=entries,
-        AFFINE_T=_AFFINE_TOKENS,
+        COEFFICIENT_T=_COEFFICIENT_TOKENS,
         COUNTED=min(_next_power_of_2(part_t * parts * K), _COUNTED_OF_A_BLOCK),
         BLOCK_K=block_k,
         BLOCK_E=block_e,
         num_warps=_COUNTING_WARPS,
+        **launch_options(topk_ids_TK),
     )
     tile_programs = min(max(_parts(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
     _place_blocks[(tile_programs + B,)](
@@ -451,11 +396,12 @@ def prepare(
         tile_programs,
         K=K,
         PART_T=part_t,
-        BLOCK_M=block_m,
+        BLOCK_MS=block_ms,
         BLOCK_B=min(_next_power_of_2(B), max(_ADDED // block_e, 1)),
         BLOCK_C=_next_power_of_2(part_t * K),
         BLOCK_E=block_e,
         BLOCK_P=_TILES_AT_ONCE,
         num_warps=_PLACING_WARPS,
+        **launch_options(topk_ids_TK),
     )
     return result

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import begin, launch_options
 from .tiles import cdiv, next_power_of_2
 
 # Below the key of every float but one NaN, -inf included.
@@ -107,7 +108,9 @@ def _route(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     t = tl.program_id(0)
     row_ptr = logits_ptr + t.to(tl.int64) * stride_T
     g = tl.arange(0, BLOCK_G)[:, None]
@@ -256,5 +259,6 @@ def select_experts(
         BLOCK_S=block_s,
         BLOCK_K=next_power_of_2(top_k),
         num_warps=max(1, block_g * block_s // _SLOTS_OF_A_WARP),
+        **launch_options(logits_TA),
     )
     return weights_TK, ids_TK

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import begin, launch_options
 from .tiles import cdiv, next_power_of_2
 
 _FLOAT16_MAX = tl.constexpr(65504.0)
@@ -139,8 +140,10 @@ def _one(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Logits of all T <= BLOCK_T tokens for BLOCK_R slots."""
+    begin(OVERLAP)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     t = tl.arange(0, BLOCK_T)
     w_ptrs = w_ptr + r.to(tl.int64) * w_stride
@@ -170,8 +173,10 @@ def _direct(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of logits summed over one slice of H, into out [S, T, R]. W is the left operand: parts in registers."""
+    begin(OVERLAP)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     s = tl.program_id(2)
@@ -200,8 +205,9 @@ def _direct(
 
 
 @triton.jit
-def _sum_slices(partial_ptr, out_ptr, size, S, BLOCK: tl.constexpr):
+def _sum_slices(partial_ptr, out_ptr, size, S, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """out = partial [S, size] summed over S, from the first slice to the last."""
+    begin(OVERLAP)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for s in range(S):
@@ -210,8 +216,9 @@ def _sum_slices(partial_ptr, out_ptr, size, S, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _split_weight(w_ptr, high_ptr, low_ptr, H, w_stride, BLOCK: tl.constexpr):
+def _split_weight(w_ptr, high_ptr, low_ptr, H, w_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Both parts of one row of W."""
+    begin(OVERLAP)
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     high, low = _two_parts(tl.load(w_ptr + r * w_stride + h, mask=h < H), high_ptr.dtype.element_ty)
@@ -233,11 +240,13 @@ def _split(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNBIAS_EVERY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of logits from both parts over one slice of H, into out [S, T, R].
 
     Tiles of the same tokens are neighbours, so that x comes from memory once.
     """
+    begin(OVERLAP)
     tiles_r = tl.cdiv(R, BLOCK_R)
     first_t = (tl.program_id(0) // tiles_r) * BLOCK_T
     first_r = (tl.program_id(0) % tiles_r) * BLOCK_R
@@ -292,7 +301,8 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
     way = way or choose_way(T, R, H, x_TH.dtype, aligned)
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
-    launch = {"num_warps": way.warps, "num_stages": way.stages}
+    options = launch_options(x_TH)
+    launch = {"num_warps": way.warps, "num_stages": way.stages, **options}
     strides = (x_TH.stride(0), weight_RH.stride(0))
     tiles_t, tiles_r = cdiv(T, way.block_t), cdiv(R, way.block_r)
     slice_h = cdiv(cdiv(H, way.slices), way.block_h) * way.block_h
@@ -307,7 +317,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
         assert aligned
         high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
         low_RH = torch.empty((R, H), dtype=torch.float16, device=x_TH.device)
-        _split_weight[(R, cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048)
+        _split_weight[(R, cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048, **options)
         block_TH, block_RH = [way.block_t, way.block_h], [way.block_r, way.block_h]
         x_desc = TensorDescriptor(x_TH, [T, H], [x_TH.stride(0), 1], block_TH)
         high_desc = TensorDescriptor(high_RH, [R, H], [H, 1], block_RH)
@@ -326,5 +336,5 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Te
     if S == 1:
         return partial_STR[0]
     out_TR = partial_STR.new_empty((T, R))
-    _sum_slices[(cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2)
+    _sum_slices[(cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2, **launch_options(out_TR))
     return out_TR

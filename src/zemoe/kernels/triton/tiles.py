@@ -18,6 +18,8 @@ _SHARED_MEMORY = 227 * 1024
 class Product:
     """How one of the two products runs: block_m rows by block_n columns (GEMM1: of gate and of up each) by block_k.
 
+    A block_m that is no power of two (GEMM1 only) is taken as two: 192 rows as 128 and, where a tile has more, 64.
+
     tma: weights come by tensor descriptor. processors: None for one program a tile, else the number of persistent
     programs; flatten: their loops over tiles and over k are one pipeline.
     """
@@ -38,7 +40,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a layer runs: rows a tile in the plan, both products, columns a program of the sum. block_m 1: one token."""
+    """How a layer runs: block_m of the plan, both products, columns a program of the sum. block_m 1: one token."""
 
     block_m: int
     gate_up: Product
@@ -46,19 +48,33 @@ class Schedule:
     block_h: int
 
 
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
+    return min(num_experts, num_rows) + num_rows // block_m
+
+
 def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
-    """block_m: enough rows that nearly every expert needs one tile while weights are what takes time, at most 128."""
+    """block_m: rows of a tile of the first product.
+
+    While reading weights is what takes the time, enough that nearly every expert needs one tile. With many rows an
+    expert 192, so that weights leave the cache less often.
+    """
     if num_tokens == 1:
         return 1
     rows = num_tokens * top_k / max(num_slots, 1)  # of an expert, if all slots were chosen alike
-    for block_m, most in ((16, 12), (32, 26), (64, 56)):
+    for block_m, most in ((16, 12), (32, 26), (64, 56), (192, 160), (128, 320)):
         if rows <= most:
             return block_m
-    return 128
+    return 192
+
+
+def rows_of_products(block_m: int) -> tuple[int, int]:
+    """Rows of a tile of the first product and of the second, for which 192 rows are too many."""
+    return block_m, min(block_m, 128)
 
 
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
-    """The Schedule of a layer with tiles of block_m rows and weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device."""
+    """The Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
     E, two_i, H = w13.shape
     I = two_i // 2
     device = torch.cuda.get_device_properties(w13.device)
@@ -67,12 +83,12 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
     tma = large and H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     block_h = min(_power_of_2(H), 8192)
     if block_m == 1:
-        # Dot products of a few rows: enough programs, each with enough loads in flight.
-        gate_up = Product(1, 2, min(_power_of_2(H), 2048), 8, 1, False)
-        return Schedule(1, gate_up, Product(1, 4, min(_power_of_2(I), 512), 2, 1, False), block_h)
+        # Dot products of single rows: many small programs read more at a time than few large ones.
+        gate_up = Product(1, 1, min(_power_of_2(H), 1024), 8, 1, False)
+        return Schedule(1, gate_up, Product(1, 1, min(_power_of_2(I), 512), 1, 1, False), block_h)
     if not tma:
-        product = Product(block_m, 64, 64, 4 if block_m < 128 else 8, 3, False)
-        return Schedule(block_m, product, product, block_h)
+        gate_up, down = (Product(m, 64, 64, 4 if m < 128 else 8, 3, False) for m in rows_of_products(block_m))
+        return Schedule(block_m, gate_up, down, block_h)
     if block_m == 16:
         product = Product(16, 32, 256, 4, 3, True)
         return Schedule(16, product, product, block_h)
@@ -81,7 +97,7 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
         return Schedule(32, product, product, block_h)
     if block_m == 64:
         return Schedule(64, Product(64, 64, 128, 4, 3, True), Product(64, 128, 128, 4, 2, True), block_h)
-    gate_up = Product(128, 128, 64, 8, 4, True)
+    gate_up = Product(128, 128, 64, 8, 4, True) if block_m == 128 else Product(192, 128, 32, 8, 5, True)
     rows = num_tokens * top_k / max(E, 1)  # of an expert, if no choice were a zero-computation expert
     if rows <= 128:  # one tile an expert: reading weights takes the time
         down = Product(128, 128, 128, 8, 3, True)
@@ -89,7 +105,7 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
         down = Product(128, 256, 64, 8, 4, True)
     else:
         down = Product(128, 256, 64, 8, 4, True, device.multi_processor_count, True)
-    return Schedule(128, gate_up, down, block_h)
+    return Schedule(block_m, gate_up, down, block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
