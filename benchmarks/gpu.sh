@@ -29,14 +29,14 @@ for part in ${*:-tests sanitize layer tiles generation}; do
         grep -H "SUMMARY" "$out/memcheck.log" "$out/racecheck.log"
         ;;
     layer)
-        timeout 120 $bench research lite --tokens 1,8,64,512,1024,4096,16384 --baseline torch,eager --repeats 11 \
-            --csv "$out/layer.csv"
-        timeout 60 $bench research --tokens 16384 --zero-share 0.33,0,0.5,0.9 --baseline torch --repeats 11 \
+        timeout 150 $bench research lite --tokens 1,8,64,512,1024,4096,16384 --baseline grouped,torch,eager \
+            --repeats 11 --csv "$out/layer.csv" --plot "$out/layer.png"
+        timeout 60 $bench research --tokens 16384 --zero-share 0.33,0,0.5,0.9 --baseline grouped --repeats 11 \
             --csv "$out/zero_share.csv" --plot "$out/zero_share.png"
         timeout 30 $bench research --tokens 16384 --zero-share 0.75 --baseline none --repeats 11 --csv "$out/even.csv"
         timeout 30 $bench research --tokens 16384 --zero-share 0.75 --skew 0.3 --baseline none --repeats 11 \
             --csv "$out/skew.csv"
-        timeout 120 $bench flash --tokens 1,16,1024,8192 --baseline torch --repeats 7 --csv "$out/flash.csv"
+        timeout 120 $bench flash --tokens 1,16,1024,8192 --baseline grouped,torch --repeats 7 --csv "$out/flash.csv"
         ;;
     tiles)
         timeout 120 python3 -W ignore benchmarks/gpu_tiles.py lite:8 lite:64 lite:512 lite:1024 lite:4096 lite:16384 \

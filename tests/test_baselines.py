@@ -91,6 +91,7 @@ class LigerExperts:
 PARTS = {
     "torch": None,
     "eager": None,
+    "grouped": None,
     "vllm": (VllmRouter, experts),
     "sonicmoe": (sonicmoe_experts, SimpleNamespace(SWIGLU="swiglu")),
     "liger": (LigerExperts,),
@@ -135,7 +136,7 @@ def test_why_absent():
 
 
 def test_peers_run_on_gpus_only():
-    assert [name for name, baseline in BASELINES.items() if "cpu" in baseline.devices] == ["torch", "eager"]
+    assert [name for name, baseline in BASELINES.items() if "cpu" in baseline.devices] == ["torch", "eager", "grouped"]
 
 
 @pytest.mark.gpu

@@ -96,6 +96,27 @@ def _add_identities(y_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, real_TK: Ten
     return y_TH.addcmul_(x_TH, torch.where(real_TK, 0.0, weights_TK).sum(-1, keepdim=True))
 
 
+def _grouped(layer: MoE) -> Call:
+    """What one writes by hand: nothing waits for the device, and everything stays in 16 bits."""
+    E = layer.config.num_experts
+
+    def call(x_TH: Tensor) -> Tensor:
+        routing = layer.router(x_TH)
+        weights_TK, ids_TK = routing.topk_weights_TK, routing.topk_ids_TK
+        (T, K), real_TK = ids_TK.shape, ids_TK < E
+        sorted_N, choice_N = ids_TK.flatten().sort(stable=True)
+        ends_E = torch.searchsorted(sorted_N, torch.arange(E, device=x_TH.device), right=True, out_int32=True)
+        gate_NI, up_NI = F.grouped_mm(x_TH[choice_N // K], layer.w13.mT, offs=ends_E).chunk(2, dim=-1)
+        rows_NH = F.grouped_mm(F.silu(gate_NI) * up_NI, layer.w2.mT, offs=ends_E)
+        rows_NH[:1].masked_fill_(ends_E[-1:, None] == 0, 0)  # else uninitialised, and zero choices read it
+        row_N = torch.empty_like(choice_N).scatter_(0, choice_N, torch.arange(T * K, device=x_TH.device))
+        rows_TKH = rows_NH[torch.where(real_TK, row_N.view(T, K), 0)]
+        weights_T1K = torch.where(real_TK, weights_TK, 0.0).to(x_TH.dtype)[:, None]
+        return _add_identities((weights_T1K @ rows_TKH).squeeze(1), x_TH, weights_TK, real_TK)
+
+    return call
+
+
 def _sonicmoe(layer: MoE, experts: Any, activations: Any) -> Call:
     E = layer.config.num_experts
     w1, w2 = layer.w13.permute(1, 2, 0), layer.w2.permute(1, 2, 0)  # views: it wants the experts last
@@ -195,6 +216,12 @@ BASELINES: dict[str, Baseline] = {
             "transformers:LongcatFlashConfig",
             "transformers.models.longcat_flash.modeling_longcat_flash:LongcatFlashMoE",
         ),
+        devices=("cpu", "cuda"),
+    ),
+    "grouped": Baseline(
+        about="zemoe's router, then torch by hand: sort, grouped_mm, zero pairs dropped, no gradients",
+        module="torch",
+        adapt=_grouped,
         devices=("cpu", "cuda"),
     ),
     "vllm": Baseline(
