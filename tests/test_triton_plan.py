@@ -234,13 +234,6 @@ def test_no_tokens(way, device):
     assert outputs[0].shape == (0,) and outputs[1].shape == (0, 2)
 
 
-@pytest.mark.parametrize(
-    ("rows", "E", "block_m", "most"), [(0, 5, 16, 0), (3, 5, 16, 3), (160, 5, 16, 15), (9, 0, 4, 2)]
-)
-def test_max_tiles(rows, E, block_m, most):
-    assert max_tiles(rows, E, block_m) == most
-
-
 def test_more_kinds_than_slots(device):
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="kinds"):

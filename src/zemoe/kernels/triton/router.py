@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import begin, launch_options
-from .tiles import cdiv, next_power_of_2
+from .tiles import cdiv, next_power_of_2, takes_large_tiles
 
 _FLOAT16_MAX = tl.constexpr(65504.0)
 _BFLOAT16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -60,8 +60,8 @@ class Way(NamedTuple):
     stages: int
 
 
-def choose_way(T: int, R: int, H: int, dtype: torch.dtype, aligned: bool) -> Way:
-    """The way for a shape; `aligned`: rows of x and of a [R, H] 16-bit matrix start at multiples of 16 bytes.
+def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool) -> Way:
+    """The way for a shape; `blocks`: x and a [R, H] 16-bit matrix can be read in large blocks by the copy engine.
 
     Timed on an H100 (132 processors), bfloat16 x, W out of the cache, R x H = 768 x 6144 / 384 x 3072 / 96 x 2048, in
     microseconds; slices are not summed here, which takes 2 to 3 more (6 at T = 2048):
@@ -79,7 +79,7 @@ def choose_way(T: int, R: int, H: int, dtype: torch.dtype, aligned: bool) -> Way
         block_t = next_power_of_2(T)
         rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
         return Way("one", block_t, rows, min(columns, next_power_of_2(H)), 1, 4, 1)
-    if T * R >= 1024 * 768 and aligned:
+    if T * R >= 1024 * 768 and blocks:
         if cdiv(R, 256) * 256 < 1.15 * R:
             # Shared memory is full with 3 blocks of both parts and 2 of bfloat16 x; float16 x needs as many as parts.
             stages = 3 if dtype == torch.bfloat16 else 2
@@ -177,9 +177,10 @@ def _direct(
 ):
     """A tile of logits summed over one slice of H, into out [S, T, R]. W is the left operand: parts in registers."""
     begin(OVERLAP)
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    s = tl.program_id(2)
+    tiles_r = tl.cdiv(R, BLOCK_R)
+    r = (tl.program_id(0) % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = (tl.program_id(0) // tiles_r) * BLOCK_T + tl.arange(0, BLOCK_T)
+    s = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     first = s * slice_h
@@ -299,7 +300,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     if T == 0:
         return weight_RH.new_empty((1, 0, R))
     aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
-    way = way or choose_way(T, R, H, x_TH.dtype, aligned)
+    way = way or choose_way(T, R, H, x_TH.dtype, aligned and takes_large_tiles(x_TH.device))
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
     options = launch_options(x_TH)
     launch = {"num_warps": way.warps, "num_stages": way.stages, **options}
@@ -311,8 +312,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     if way.path == "one":
         _one[(tiles_r,)](x_TH, weight_RH, out_STR, T, R, H, *strides, **tile, **launch)
     elif way.path == "direct":
-        grid = (tiles_r, tiles_t, S)
-        _direct[grid](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, **launch)
+        _direct[(tiles_t * tiles_r, S)](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, **launch)
     else:
         assert aligned
         high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
@@ -322,8 +322,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
         x_desc = TensorDescriptor(x_TH, [T, H], [x_TH.stride(0), 1], block_TH)
         high_desc = TensorDescriptor(high_RH, [R, H], [H, 1], block_RH)
         low_desc = TensorDescriptor(low_RH, [R, H], [H, 1], block_RH)
-        grid = (tiles_t * tiles_r, S)
-        _split[grid](
+        _split[(tiles_t * tiles_r, S)](
             x_desc, high_desc, low_desc, out_STR, T, R, H, slice_h, **tile, UNBIAS_EVERY=_UNBIAS_EVERY, **launch
         )
     return out_STR

@@ -73,21 +73,30 @@ def rows_of_products(block_m: int) -> tuple[int, int]:
     return block_m, min(block_m, 128)
 
 
+def takes_large_tiles(device: torch.device) -> bool:
+    """Whether a GPU has the shared memory of Hopper's, and tensor descriptors; Triton's interpreter takes any tile."""
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= _SHARED_MEMORY
+
+
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
     """The Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
     E, two_i, H = w13.shape
     I = two_i // 2
-    device = torch.cuda.get_device_properties(w13.device)
-    # A descriptor's rows must be multiples of 16 bytes and start at one; the tiles below it need a large shared memory.
-    large = device.major >= 9 and device.shared_memory_per_block_optin >= _SHARED_MEMORY
-    tma = large and H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
+    # A descriptor's rows must be multiples of 16 bytes and start at one.
+    aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
+    tma = aligned and takes_large_tiles(w13.device)
     block_h = min(_power_of_2(H), 8192)
     if block_m == 1:
         # Dot products of single rows: many small programs read more at a time than few large ones.
         gate_up = Product(1, 1, min(_power_of_2(H), 1024), 8, 1, False)
         return Schedule(1, gate_up, Product(1, 1, min(_power_of_2(I), 512), 1, 1, False), block_h)
     if not tma:
-        gate_up, down = (Product(m, 64, 64, 4 if m < 128 else 8, 3, False) for m in rows_of_products(block_m))
+        gate_up, down = (
+            Product(m, 64, 64 if m <= 128 else 32, 4 if m < 128 else 8, 3, False) for m in rows_of_products(block_m)
+        )
         return Schedule(block_m, gate_up, down, block_h)
     if block_m == 16:
         product = Product(16, 32, 256, 4, 3, True)
@@ -104,7 +113,8 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
     elif rows <= 320:
         down = Product(128, 256, 64, 8, 4, True)
     else:
-        down = Product(128, 256, 64, 8, 4, True, device.multi_processor_count, True)
+        processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
+        down = Product(128, 256, 64, 8, 4, True, processors, True)
     return Schedule(block_m, gate_up, down, block_h)
 
 

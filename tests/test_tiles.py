@@ -1,0 +1,67 @@
+"""Tile sizes by shape and device; needs no GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zemoe.kernels.triton.tiles import max_tiles, rows_of_products, rows_per_tile, schedule, takes_large_tiles
+
+HOPPER, AMPERE, SMALL_BLACKWELL = (9, 232448), (8, 166912), (12, 101376)  # compute capability, bytes a block may have
+PIPELINED = 2  # bytes an element
+
+
+def pretend(monkeypatch, gpu: tuple[int, int]) -> None:
+    major, memory = gpu
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=memory, multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+def weights(E: int, I: int, H: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(E, 2 * I, H, device="meta"), torch.empty(E, H, I, device="meta")
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE, SMALL_BLACKWELL])
+@pytest.mark.parametrize("T", [1, 8, 64, 512, 1024, 4096, 16384])
+@pytest.mark.parametrize(("E", "Z", "I", "H"), [(256, 128, 1024, 3072), (64, 32, 1024, 2048), (8, 0, 37, 111)])
+def test_tiles_fit_the_shared_memory(monkeypatch, gpu, T, E, Z, I, H) -> None:
+    pretend(monkeypatch, gpu)
+    K = 8
+    block_m = rows_per_tile(T, K, E + Z)
+    with torch.device("meta"):
+        w13, w2 = weights(E, I, H)
+        # `schedule` asks for the device of real weights; on "meta" it is told to be one.
+        monkeypatch.setattr("zemoe.kernels.triton.tiles.takes_large_tiles", lambda _: gpu == HOPPER)
+        how = schedule(block_m, T, K, w13, w2)
+    assert (how.gate_up.block_m, how.down.block_m) == rows_of_products(block_m)
+    assert not (how.gate_up.tma or how.down.tma) or (gpu == HOPPER and H % 8 == I % 8 == 0)
+    if T > 1:
+        for product, weight_rows in ((how.gate_up, 2 * how.gate_up.block_n), (how.down, how.down.block_n)):
+            stage = PIPELINED * product.block_k * (product.block_m + weight_rows)
+            assert stage * product.stages <= gpu[1]
+
+
+def test_large_tiles_are_for_hopper_and_newer_with_its_memory(monkeypatch) -> None:
+    cuda = torch.device("cuda")
+    for gpu, large in ((HOPPER, True), (AMPERE, False), (SMALL_BLACKWELL, False), ((10, 232448), True)):
+        pretend(monkeypatch, gpu)
+        assert takes_large_tiles(cuda) == large
+    assert takes_large_tiles(torch.device("cpu"))  # Triton's interpreter
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_m"), [(1, 1), (2, 16), (384, 16), (385, 32), (832, 32), (833, 64), (1792, 64), (1793, 192)]
+)
+def test_rows_per_tile_grow_with_the_rows_of_an_expert(tokens: int, block_m: int) -> None:
+    assert rows_per_tile(tokens, 12, 384) == block_m
+    assert rows_per_tile(5120, 12, 384) == 192 and rows_per_tile(5121, 12, 384) == 128
+    assert rows_per_tile(10240, 12, 384) == 128 and rows_per_tile(10241, 12, 384) == 192
+
+
+@pytest.mark.parametrize(
+    ("rows", "E", "block_m", "most"), [(0, 5, 16, 0), (3, 5, 16, 3), (160, 5, 16, 15), (9, 0, 4, 2)]
+)
+def test_max_tiles(rows, E, block_m, most) -> None:
+    assert max_tiles(rows, E, block_m) == most
