@@ -1,7 +1,7 @@
 #!/bin/sh
 # All that only a GPU can show, in one go: the suite, the sanitizers, the layer beside its baselines, tiles, generation.
 #
-#     sh benchmarks/gpu.sh FOLDER COMMIT [PART ...]     parts: tests sanitize layer tiles generation (default: all)
+#     sh benchmarks/gpu.sh FOLDER COMMIT [PART ...]     parts: tests sanitize layer launches tiles generation (default: all)
 #
 # For a machine with its own torch and triton and nothing installed; FOLDER gets logs, CSVs and pictures. Each part has a
 # limit of its own, and a part that fails does not stop the next one.
@@ -12,7 +12,7 @@ mkdir -p "$out"
 export PYTHONPATH=src PYTHONUNBUFFERED=1 COLUMNS=150
 bench="python3 -W ignore -m zemoe bench --commit $commit"
 
-for part in ${*:-tests sanitize layer tiles generation}; do
+for part in ${*:-tests sanitize layer launches tiles generation}; do
     echo "== $part"
     case $part in
     tests)
@@ -37,6 +37,10 @@ for part in ${*:-tests sanitize layer tiles generation}; do
         timeout 30 $bench research --tokens 16384 --zero-share 0.75 --skew 0.3 --baseline none --repeats 11 \
             --csv "$out/skew.csv"
         timeout 120 $bench flash --tokens 1,16,1024,8192 --baseline grouped,torch --repeats 7 --csv "$out/flash.csv"
+        ;;
+    launches)
+        timeout 60 python3 -W ignore benchmarks/gpu_launches.py lite:1,8,64,512,1024,4096,16384 \
+            research:1,64,512,4096,16384 --commit "$commit" --output "$out"
         ;;
     tiles)
         timeout 120 python3 -W ignore benchmarks/gpu_tiles.py lite:8 lite:64 lite:512 lite:1024 lite:4096 lite:16384 \

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 _ZEMOE, _FLOOR, _OTHER = "#cb4b48", "#555555", "#7a7a7a"
-_BASELINES = {"torch": "#3b6fb6", "eager": "#e3a02f", "vllm": "#5a9e6f", "sonicmoe": "#8a63a8", "liger": "#a0694b"}
+_BASELINES = {
+    "torch": "#3b6fb6",
+    "grouped": "#6fa8a0",
+    "eager": "#e3a02f",
+    "vllm": "#5a9e6f",
+    "sonicmoe": "#8a63a8",
+    "liger": "#a0694b",
+}
 _TALLEST = 3  # times zemoe's longest time: what is above would squeeze everything else to the bottom
 
 
