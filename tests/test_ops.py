@@ -153,7 +153,7 @@ class TestOpcheck:
             "gather_rows",
             "sum_rows",
         }
-        tested |= {"plan", "topk_ids"}
+        tested |= {"plan", "select_few", "topk_ids"}  # select_few: tests/test_loops.py
         on_gpu = {"router_logits", "select_experts", "prepare", "moe_ffn_tiles"}  # tests/test_gpu.py
         assert names == tested | on_gpu
 

@@ -60,6 +60,37 @@ def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     return torch.ops.zemoe.topk_ids(choice_TA, logits_TA, k)
 
 
+# --- select_few: scores, ids and weights of few tokens, without gradients ---
+
+define(
+    "select_few(Tensor logits, Tensor? bias, int k, int dropped, bool renormalize, float scaling) -> (Tensor, Tensor)"
+)
+torch.library.impl("zemoe::select_few", "CPU", topk.select_few)
+
+
+@torch.library.register_fake("zemoe::select_few")
+def _select_few_fake(logits, bias, k, dropped, renormalize, scaling) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((logits.shape[0], k)), logits.new_empty((logits.shape[0], k), dtype=torch.int64)
+
+
+def selects_few(logits_TA: Tensor) -> bool:
+    """Whether `select_few` is the better way. Not for a compiler, which would compile once a number of tokens."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    return topk.takes_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
+
+
+def select_few(
+    logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(weights [T, k] float32, ids [T, k] int64) of float32 logits [T, A]: softmax, and the best k by score + bias.
+
+    bias: float32, up to A long (0 for the rest). renormalize: divide by the sum of a token's weights, where slots from
+    `dropped` on weigh 0; scaling multiplies them. No gradients.
+    """
+    return torch.ops.zemoe.select_few(logits_TA, bias, k, dropped, renormalize, scaling)
+
+
 # --- plan: rows sorted by expert ---
 
 define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
@@ -328,6 +359,7 @@ __all__ = [
     "moe_ffn_from_ids",
     "moe_ffn_grouped",
     "plan",
+    "select_few",
     "topk_ids",
     "without_autocast",
 ]

@@ -186,6 +186,10 @@ def select_experts(
             topk_group=topk_group,
             null_ranges=_null_ranges(kinds, num_experts),
         )
+    if scoring_func == "softmax" and mode != "nonnull" and num_expert_group is None and ops.selects_few(logits_TA):
+        bias = None if bias is None else _checked_bias(bias, num_experts, num_slots)
+        dropped = num_experts if mode == "real" else num_slots
+        return ops.select_few(logits_TA, bias, top_k, dropped, mode != "none", routed_scaling_factor)
     scores_TA = SCORES[scoring_func](logits_TA)
     choice_TA = scores_TA.detach()
     if e_score_correction_bias is not None:

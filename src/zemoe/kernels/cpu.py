@@ -6,25 +6,27 @@ M rows of one expert, R rows with padding, G experts with equally many rows.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .products import (
-    gather_products,
+    add_by_loops,
+    add_few,
     has_fast_bfloat16,
     has_onednn,
-    is_small,
     loop_rows,
     padded_rows,
     product,
     products,
-    scatter_products,
     shared_rows,
+    sort_by_loop,
 )
 
 _MOST_PADDING = 16
-_FEW_CHOICES = 96  # up to here lists of Python numbers are faster than tensors
+_FEW_CHOICES = 96  # up to here lists of Python numbers, or a single loop, are faster than tensors
 
 
 def check_ids(ids: Tensor, num_slots: int) -> None:
@@ -113,17 +115,10 @@ def forward(
     """(y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
     preact_N2I = x_TH.new_zeros((row_token_N.shape[0] if save_preact else 0, w13.shape[1]))
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
-    _add_experts(
-        y_TH,
-        x_TH,
-        torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING)),
-        _row_weights(weights_TK, slot_row_TK, _MOST_PADDING)[:, None],
-        _rows_by_expert(expert_offsets),
-        w13,
-        w2,
-        activation,
-        preact_N2I if save_preact else None,
-    )
+    token_N = torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING))
+    weight_N1 = _row_weights(weights_TK, slot_row_TK, _MOST_PADDING)[:, None]
+    rows = y_TH, x_TH, token_N, weight_N1
+    _add_rows(*rows, expert_offsets, w13, w2, activation, preact_N2I if save_preact else None)
     return y_TH.to(x_TH.dtype), preact_N2I
 
 
@@ -141,8 +136,13 @@ def forward_from_ids(
 ) -> Tensor:
     """y [T, H] in x's dtype as `forward` after `make_plan`, for inference: nobody needs the plan afterwards."""
     K = topk_ids_TK.shape[1]
-    choice_N, experts = _choices_by_expert(topk_ids_TK, w13.shape[0], num_slots)
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
+    if loop_rows(x_TH, w13, w2) and topk_ids_TK.numel():
+        choice_N, expert_offsets = _choices_by_loop(topk_ids_TK, w13.shape[0], num_slots)
+        weight_N1 = weights_TK.reshape(-1).index_select(0, choice_N)[:, None]
+        _add_rows(y_TH, x_TH, choice_N // K, weight_N1, expert_offsets, w13, w2, activation, None)
+        return y_TH.to(x_TH.dtype)
+    choice_N, experts = _choices_by_expert(topk_ids_TK, w13.shape[0], num_slots)
     if experts:
         weight_N1 = weights_TK.reshape(-1).index_select(0, choice_N)[:, None]
         _add_experts(y_TH, x_TH, choice_N // K, weight_N1, experts, w13, w2, activation, None)
@@ -150,21 +150,18 @@ def forward_from_ids(
 
 
 def takes_few(x_TH: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, activation: str) -> bool:
-    """Whether `forward_few` is the better way: few choices of experts with small weights, and numba."""
-    few = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu" and w13.numel() > 0
-    return few and is_small(w13) and loop_rows(x_TH, w13, w2) > 0
+    """Whether `forward_few` is the better way: few choices, and numba."""
+    few = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu"
+    return few and loop_rows(x_TH, w13, w2) >= len(x_TH)
 
 
 def forward_few(
     x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
 ) -> Tensor:
-    """The layer after routing, [T, H], in one compiled loop, where ids from E to E + identities - 1 are identities."""
-    from .loops import array, few_choices
-
+    """The layer after routing, [T, H], in compiled loops alone; ids from E to E + identities - 1 are identities."""
     y_TH = torch.empty(x_TH.shape, dtype=torch.float32)
-    given = (x_TH.float(), weights_TK.contiguous(), topk_ids_TK.to(torch.int64).contiguous(), w13, w2)
-    arrays = [array(tensor) for tensor in given]
-    wrong = few_choices(*arrays, identities, num_slots, array(y_TH), torch.get_num_threads())
+    ids_TK = topk_ids_TK.to(torch.int64).contiguous()
+    wrong = add_few(y_TH, x_TH.float(), weights_TK.contiguous(), ids_TK, w13, w2, identities, num_slots)
     _check_bounds(wrong, wrong, num_slots)
     return y_TH.to(x_TH.dtype)
 
@@ -192,6 +189,15 @@ def _choices_by_expert(
     return torch.tensor(choices + [0] * _MOST_PADDING), experts
 
 
+def _choices_by_loop(topk_ids_TK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor]:
+    """(the choices t * K + k that have a row, by expert, padded; expert_offsets), for the compiled loops."""
+    choice_N = torch.zeros(topk_ids_TK.numel() + _MOST_PADDING, dtype=torch.int64)
+    expert_offsets = torch.empty(num_experts + 1, dtype=torch.int64)
+    wrong = sort_by_loop(topk_ids_TK.to(torch.int64).reshape(-1), num_slots, choice_N, expert_offsets)
+    _check_bounds(wrong, wrong, num_slots)
+    return choice_N, expert_offsets
+
+
 def _affine(x_TH: Tensor, alpha_T: Tensor, beta_TC: Tensor | None, value_CH: Tensor | None) -> Tensor:
     """alpha x + beta V in the dtype of alpha: what the experts' rows are added to."""
     y_TH = x_TH * alpha_T[:, None]
@@ -208,15 +214,25 @@ def _rows_of_group(starts: list[int], M: int) -> slice | Tensor:
     return start_G if M == 1 else (start_G[:, None] + torch.arange(M)).view(-1)
 
 
-def _rows_of_experts(experts: list[tuple[int, int, int]]) -> tuple[slice | Tensor, list[int]]:
-    """Which rows belong to these experts, and where in them each one's begin, with the end of the last."""
-    begins = [0]
-    for _, _, M in experts:
-        begins.append(begins[-1] + M)
-    start, end = experts[0][1], experts[-1][1] + experts[-1][2]
-    if end - start == begins[-1]:
-        return slice(start, end), begins
-    return torch.cat([torch.arange(start, start + M) for _, start, M in experts]), begins
+def _add_rows(
+    y_TH: Tensor,
+    x_TH: Tensor,
+    token_N: Tensor,
+    weight_N1: Tensor,
+    expert_offsets: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    activation: str,
+    preact_N2I: Tensor | None,
+) -> None:
+    """Add each expert's weighted rows to y, by compiled loops where they are the better way; as `_add_experts`."""
+    # What is saved for the backward has the dtype of x, what loops compute is float32.
+    most = loop_rows(x_TH, w13, w2) if preact_N2I is None or preact_N2I.dtype == torch.float32 else 0
+    if most:
+        add_by_loops(y_TH, x_TH, token_N, weight_N1, expert_offsets, most, w13, w2, activation, preact_N2I)
+    if most < sys.maxsize:
+        experts = [expert for expert in _rows_by_expert(expert_offsets) if expert[2] > most]
+        _add_experts(y_TH, x_TH, token_N, weight_N1, experts, w13, w2, activation, preact_N2I)
 
 
 def _add_experts(
@@ -230,20 +246,8 @@ def _add_experts(
     activation: str,
     preact_N2I: Tensor | None,
 ) -> None:
-    """Add each expert's weighted rows to y; token_N and weight_N1 go on for some entries after the last row."""
+    """`_add_rows` by torch; token_N and weight_N1 go on for some entries after the last row."""
     act = ACTIVATIONS[activation].forward
-    most = loop_rows(x_TH, w13, w2)
-    few = [expert for expert in experts if expert[2] <= most]
-    if few:
-        experts = [expert for expert in experts if expert[2] > most]
-        rows, begins = _rows_of_experts(few)
-        token = token_N[rows]
-        both_R2I = gather_products(x_TH, token, w13, few, begins)
-        if preact_N2I is not None:
-            preact_N2I[rows] = both_R2I.to(preact_N2I.dtype)
-        gate_RI, up_RI = both_R2I.chunk(2, dim=1)
-        inner_RI = act(gate_RI).mul_(up_RI).mul_(weight_N1[rows])
-        scatter_products(inner_RI, token, w2, few, begins, y_TH)
     shared = min(shared_rows(w13), shared_rows(w2))
     by_count: dict[int, list[tuple[int, int]]] = {}
     alone = []

@@ -1,247 +1,300 @@
-"""Loops for CPUs, compiled by numba, which only this file imports: products of a few rows, and the k largest values.
+"""Products of experts' rows on CPUs, compiled by numba: first a tile in LLVM's terms, then loops over tiles in Python.
 
-torch multiplies one expert at a time, and libraries made for large products take two to three times as long as reading
-a weight takes when there are few rows. E experts, O rows of a weight, H its columns, N rows.
+Libraries take a weight apart and put it together again before they multiply, which takes longer than the product itself
+when there are few rows. Here the rows are rearranged instead, into panels: the values of one column for up to 64 rows
+beside each other. `_tile` multiplies each number of a weight, read as it lies, with whole vectors of the panel, so
+nothing is ever summed across a vector, and the result is a panel again.
+
+T tokens, E experts, O and H rows and columns of a weight, N rows of all experts, G groups of up to 64 rows of one
+expert, L lanes (a group's rows, rounded up to 8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
+from numba.core import cgutils
 from numba.extending import intrinsic
-from torch import Tensor
+
+from .compiled import THREADS, compiled
+
+_FAST = {"contract", "nsz", "arcp"}  # NaN and infinity are what they are
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+# Rows of a weight that `_tile` multiplies at a time: more than 8 at multiples of 4 KiB would compete for the same lines
+# of the first-level cache, and the panel's lines need some too.
+ROWS = 6
+LANES = 8  # of the narrowest vector
+GROUP = 64  # rows of one expert; a panel of more would not stay in the second-level cache
+_STRIP = 48  # rows of a result that are turned round at a time: whole ROWS and whole LANES
+_SUMMED = 128  # columns whose products are summed before they are added to the rest, for the sake of accuracy
+_AHEAD = 2048  # columns, which take _tile a microsecond or two, between calling for a row and its use
+_LINE = 16  # float32 numbers of a cache line
+# Lanes of a vector, and of the most vectors whose sums with ROWS rows stay in registers.
+_VECTOR, _MOST_LANES = (16, 64) if binding.get_host_cpu_features().get("avx512vl") else (8, 16)
 
 
-def _has_safe_threads() -> bool:
-    """Whether numba has threads that several Python threads may use at a time; its own ones end the process then."""
-    for pool in ("tbbpool", "omppool"):
-        try:
-            import_module(f"numba.np.ufunc.{pool}")
-        except ImportError:
-            continue
-        return True
-    return False
-
-
-class _Memory:
-    """A tensor's memory in the form that numpy looks for."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        form = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": form,
-            "shape": tuple(tensor.shape),
-            "data": (tensor.data_ptr(), False),
-        }
-
-
-def array(tensor: Tensor) -> np.ndarray:
-    """The values of a contiguous float32 or int64 tensor, the bits of a bfloat16 one; it has to outlive the array.
-
-    Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
-    """
-    return np.asarray(_Memory(tensor))
-
-
-def _compiled(**how: Any) -> Callable[[Callable], Callable]:
-    """numba.njit, kept on disk from one process to the next where there is a place to write to."""
-
-    def decorate(loop: Callable) -> Callable:
-        try:
-            return numba.njit(cache=True, **how)(loop)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            return numba.njit(**how)(loop)
-
-    return decorate
-
-
-_THREADS = _has_safe_threads()
-# Sums may be taken in any order; NaN and infinity are what they are.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-ROWS = 8  # of a weight that are multiplied with three rows of x at a time: 24 sums, which stay in registers
+# ----------------------------------------------------------------------------------------------------------- one tile
 
 
 @intrinsic
-def _float32(_, value):
-    """A float32, or the bits of a bfloat16, as float32."""
+def _tile(_, w, row, last, soon, first, stop, panel, start, pitch, lanes, out, to):
+    """out[to + r * pitch + m] (+)= the sum over h from first to stop of w[r, h] * panel[start + h * pitch + m].
 
-    def generate(_context, builder, _signature, arguments):
-        if value == numba.types.float32:
-            return arguments[0]
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return numba.types.float32(value), generate
-
-
-@_compiled(fastmath=_FAST)
-def _sums(w, e, first, last, x, t0, t1, t2, sums):
-    """sums[3, 8] of rows first, first + 1 .. of w[e] with three rows of x; beyond `last`, row `last` again."""
-    n0, n1, n2, n3 = first, min(first + 1, last), min(first + 2, last), min(first + 3, last)
-    n4, n5, n6, n7 = min(first + 4, last), min(first + 5, last), min(first + 6, last), min(first + 7, last)
-    s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = np.float32(0)
-    s40 = s41 = s42 = s50 = s51 = s52 = s60 = s61 = s62 = s70 = s71 = s72 = np.float32(0)
-    for h in range(w.shape[2]):
-        x0, x1, x2 = x[t0, h], x[t1, h], x[t2, h]
-        a = _float32(w[e, n0, h])
-        s00, s01, s02 = s00 + a * x0, s01 + a * x1, s02 + a * x2
-        a = _float32(w[e, n1, h])
-        s10, s11, s12 = s10 + a * x0, s11 + a * x1, s12 + a * x2
-        a = _float32(w[e, n2, h])
-        s20, s21, s22 = s20 + a * x0, s21 + a * x1, s22 + a * x2
-        a = _float32(w[e, n3, h])
-        s30, s31, s32 = s30 + a * x0, s31 + a * x1, s32 + a * x2
-        a = _float32(w[e, n4, h])
-        s40, s41, s42 = s40 + a * x0, s41 + a * x1, s42 + a * x2
-        a = _float32(w[e, n5, h])
-        s50, s51, s52 = s50 + a * x0, s51 + a * x1, s52 + a * x2
-        a = _float32(w[e, n6, h])
-        s60, s61, s62 = s60 + a * x0, s61 + a * x1, s62 + a * x2
-        a = _float32(w[e, n7, h])
-        s70, s71, s72 = s70 + a * x0, s71 + a * x1, s72 + a * x2
-    sums[0, 0], sums[0, 1], sums[0, 2], sums[0, 3] = s00, s10, s20, s30
-    sums[0, 4], sums[0, 5], sums[0, 6], sums[0, 7] = s40, s50, s60, s70
-    sums[1, 0], sums[1, 1], sums[1, 2], sums[1, 3] = s01, s11, s21, s31
-    sums[1, 4], sums[1, 5], sums[1, 6], sums[1, 7] = s41, s51, s61, s71
-    sums[2, 0], sums[2, 1], sums[2, 2], sums[2, 3] = s02, s12, s22, s32
-    sums[2, 4], sums[2, 5], sums[2, 6], sums[2, 7] = s42, s52, s62, s72
-
-
-@_compiled(fastmath=_FAST)
-def _put(out, row, first, width, sums, j):
-    if width == ROWS:  # known when compiled, so that it takes one instruction
-        for i in range(ROWS):
-            out[row, first + i] = sums[j, i]
-    else:
-        for i in range(width):
-            out[row, first + i] = sums[j, i]
-
-
-@_compiled(fastmath=_FAST)
-def _add(out, row, first, width, sums, j):
-    if width == ROWS:
-        for i in range(ROWS):
-            out[row, first + i] += sums[j, i]
-    else:
-        for i in range(width):
-            out[row, first + i] += sums[j, i]
-
-
-@_compiled(fastmath=_FAST, parallel=_THREADS)
-def multiply(x, w, token, experts, offsets, out, gather, chunks):
-    """Rows offsets[g] to offsets[g + 1] belong to expert experts[g] and to the tokens that `token` names.
-
-    gather: out[n] = w[e] x[token[n]], all in one piece, float32 (w bfloat16 too); x [T, H], w [E, O, H], out [N, O].
-    Else out[token[n]] += w[e] x[n]; x [N, H], out [T, O]. Each of `chunks` threads has some columns of out to itself
-    and takes the experts in their order, so sums are always added in the same order.
+    For ROWS rows r of w [E, O, H] (float32, or bits of bfloat16), counted over all experts, from `row` on (`last` again
+    instead of one beyond it), and `lanes` m, at most _MOST_LANES. Added where first > 0. Meanwhile rows `soon` and
+    up are called into the second-level cache: each row has pages of its own, and hardware foresees none.
     """
-    O = w.shape[1]
-    blocks = (O + ROWS - 1) // ROWS
+
+    def generate(context, builder, signature, arguments):
+        _, row, last, soon, first, stop, _, start, pitch, lanes, _, to = arguments
+        w, panel, out = (context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 6, 10))
+        H = builder.extract_value(w.shape, 2)
+        following = [builder.add(row, ir.Constant(_I64, r)) for r in range(ROWS)]
+        rows = [builder.select(builder.icmp_signed("<", n, last), n, last) for n in following]
+        weights = [builder.gep(w.data, [builder.mul(n, H)]) for n in rows]
+        coming = [builder.gep(w.data, [builder.mul(builder.add(soon, ir.Constant(_I64, r)), H)]) for r in range(ROWS)]
+        results = [builder.gep(out.data, [builder.add(to, builder.mul(n, pitch))]) for n in rows]
+        xs = builder.gep(panel.data, [start])
+        again = builder.icmp_signed(">", first, ir.Constant(_I64, 0))
+        end = builder.append_basic_block("end")
+        switch = builder.switch(lanes, end)
+        for size in range(LANES, _MOST_LANES + 1, LANES):
+            case = builder.append_basic_block(f"lanes{size}")
+            switch.add_case(ir.Constant(_I64, size), case)
+            builder.position_at_end(case)
+            widths = [_VECTOR] * (size // _VECTOR) + [LANES] * (size % _VECTOR // LANES)
+            sums = _sums(builder, widths, weights, coming, xs, pitch, first, stop)
+            places = [place for result in results for place in _vectors(builder, result, widths)]
+            before = [builder.load(place, align=4) for place in places]
+            zeros = [ir.Constant(value.type, None) for value in before]
+            before = [builder.select(again, value, zero) for value, zero in zip(before, zeros, strict=True)]
+            # All loaded before any is stored: row `last` may be among them several times.
+            for place, value, vector in zip(places, before, (v for vectors in sums for v in vectors), strict=True):
+                builder.store(builder.fadd(value, builder.load(vector)), place, align=4)
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return numba.types.void(w, row, last, soon, first, stop, panel, start, pitch, lanes, out, to), generate
+
+
+def _vectors(builder, pointer, widths):
+    """Pointers to vectors of these widths, one after the other."""
+    places = [builder.gep(pointer, [ir.Constant(_I64, sum(widths[:n]))]) for n in range(len(widths))]
+    return [builder.bitcast(p, ir.VectorType(_F32, n).as_pointer()) for p, n in zip(places, widths, strict=True)]
+
+
+def _sums(builder, widths, weights, coming, xs, pitch, first, stop):
+    """The loop of `_tile`; for each pointer to a weight's row, pointers to the sums as vectors of these widths."""
+    sums = [[cgutils.alloca_once(builder, ir.VectorType(_F32, n)) for n in widths] for _ in weights]
+    for vector in (vector for vectors in sums for vector in vectors):
+        builder.store(ir.Constant(vector.type.pointee, None), vector)  # LLVM keeps these in registers
+    byte = ir.IntType(8).as_pointer()
+    form = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+    with cgutils.for_range_slice(builder, first, stop, ir.Constant(_I64, _LINE)) as (line, _):
+        for row in coming:
+            place = builder.bitcast(builder.gep(row, [line]), byte)
+            builder.call(prefetch, [place, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # read, second level, data
+        line_stop = builder.add(line, ir.Constant(_I64, _LINE))
+        line_stop = builder.select(builder.icmp_signed("<", line_stop, stop), line_stop, stop)
+        with cgutils.for_range_slice(builder, line, line_stop, ir.Constant(_I64, 1)) as (h, _):
+            x = _vectors(builder, builder.gep(xs, [builder.mul(h, pitch)]), widths)
+            x = [builder.load(vector, align=4) for vector in x]
+            for row, vectors in zip(weights, sums, strict=True):
+                number = builder.load(builder.gep(row, [h]))
+                for vector, value in zip(vectors, x, strict=True):
+                    term = builder.fmul(_splat(builder, number, value.type), value, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(vector), term, flags=("contract",)), vector)
+    return sums
+
+
+def _splat(builder, number, kind):
+    """A vector of one number, of the given float32 type; the bits of a bfloat16 one are the upper half of a float32."""
+    lanes = kind if number.type == _F32 else ir.VectorType(_I16, 2 * kind.count)
+    undefined = ir.Constant(lanes, ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(_I32, 0))
+    splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, lanes.count), None))
+    if lanes is kind:
+        return splat
+    return builder.bitcast(builder.and_(splat, ir.Constant(lanes, [0, -1] * kind.count)), kind)
+
+
+@intrinsic
+def _turn(_, source, start, pitch, out, to, out_pitch):
+    """out[to + j * out_pitch + i] = source[start + i * pitch + j] for i and j below LANES; both float32."""
+
+    def generate(context, builder, signature, arguments):
+        _, start, pitch, _, to, out_pitch = arguments
+        source, out = (context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 3))
+
+        def place(array, start, pitch, i):
+            first = builder.add(start, builder.mul(pitch, ir.Constant(_I64, i)))
+            return _vectors(builder, builder.gep(array.data, [first]), [LANES])[0]
+
+        rows = [builder.load(place(source, start, pitch, i), align=4) for i in range(LANES)]
+        half = LANES // 2
+        halves = [[n for j in range(first, first + half) for n in (j, LANES + j)] for first in (0, half)]
+        masks = [ir.Constant(ir.VectorType(_I32, LANES), mask) for mask in halves]
+        for _ in range(3):  # LANES = 2^3; each time the first and the second half of the rows are shuffled like cards
+            rows = [builder.shuffle_vector(rows[i], rows[i + half], mask) for i in range(half) for mask in masks]
+        for i, row in enumerate(rows):
+            builder.store(row, place(out, to, out_pitch, i), align=4)
+        return context.get_dummy_value()
+
+    return numba.types.void(source, start, pitch, out, to, out_pitch), generate
+
+
+# ------------------------------------------------------------------------------------------------- products of groups
+
+
+@compiled()
+def group_rows(offsets, most):
+    """[G, 4] int64: expert, first row, number of rows, lanes of all groups before; experts with up to `most` rows."""
+    groups = np.empty((len(offsets) + offsets[-1] // GROUP, 4), dtype=np.int64)
+    found = place = 0
+    for e in range(len(offsets) - 1):
+        if offsets[e + 1] - offsets[e] > most:
+            continue
+        for first in range(offsets[e], offsets[e + 1], GROUP):
+            rows = min(GROUP, offsets[e + 1] - first)
+            groups[found, 0], groups[found, 1], groups[found, 2], groups[found, 3] = e, first, rows, place
+            found += 1
+            place += _lanes(rows)
+    return groups[:found]
+
+
+@compiled()
+def _lanes(rows):
+    return (rows + LANES - 1) // LANES * LANES
+
+
+@compiled()
+def lanes_of(groups):
+    """Of all groups together."""
+    return groups[-1, 3] + _lanes(groups[-1, 2]) - groups[0, 3]
+
+
+@compiled()
+def _row_of_block(expert, block, parts, O):
+    """The row of a weight, counted over all experts, at which a block of ROWS begins, each part having its own."""
+    blocks = (O // parts + ROWS - 1) // ROWS
+    return expert * O + block // blocks * (O // parts) + block % blocks * ROWS
+
+
+@compiled(fastmath=_FAST)
+def _multiply(w, row, last, soon, panels, start, lanes, out, to):
+    """`_tile` over all columns and lanes."""
+    for first in range(0, w.shape[2], _SUMMED):
+        stop = min(first + _SUMMED, w.shape[2])
+        for m in range(0, lanes, _MOST_LANES):
+            some = min(lanes - m, _MOST_LANES)
+            _tile(w, row, last, soon, first, stop, panels, start + m, lanes, some, out, to + m)
+
+
+@compiled(fastmath=_FAST)
+def _pack(x, token, first, rows, panel):
+    """panel[h * L + m] = x[token[first + m], h], and the last row again for lanes without a row."""
+    H, lanes = x.shape[1], _lanes(rows)
+    width = _lanes(H)
+    some = np.zeros(LANES * width, dtype=np.float32)
+    for m in range(0, lanes, LANES):
+        for i in range(LANES):
+            t = token[first + min(m + i, rows - 1)]
+            for h in range(H):
+                some[i * width + h] = x[t, h]
+        for h in range(0, width, LANES):
+            _turn(some, h, width, panel, h * lanes + m, lanes)
+
+
+@compiled(fastmath=_FAST)
+def _gather(x, token, groups, w, panels, begin, end):
+    """Blocks `begin` to `end` of each weight, of `multiply`."""
+    (parts, _), (O, H) = panels.shape, w.shape[1:]
+    I = O // parts
+    blocks, ahead = (I + ROWS - 1) // ROWS, (_AHEAD + H - 1) // H
+    panel = np.empty(GROUP * _lanes(H), dtype=np.float32)
+    for g in range(len(groups)):
+        e, first, rows, place = groups[g]
+        lanes, following = _lanes(rows), groups[min(g + 1, len(groups) - 1), 0]
+        _pack(x, token, first, rows, panel)
+        for block in range(begin, end):
+            row = _row_of_block(e, block, parts, O)
+            soon = _row_of_block(e, block + ahead, parts, O)
+            if block + ahead >= end:
+                soon = _row_of_block(following, min(begin + block + ahead - end, end - 1), parts, O)
+            start = e * O + block // blocks * I
+            to = (place - groups[0, 3]) * I - start * lanes
+            _multiply(w, row, start + I - 1, soon, panel, 0, lanes, panels[block // blocks], to)
+
+
+@compiled(fastmath=_FAST)
+def _scatter(y, token, weight, groups, w, panels, begin, end):
+    """Columns `begin` to `end` of y, of `multiply`."""
+    H, I = w.shape[1:]
+    ahead = (_AHEAD + I - 1) // I * ROWS
+    strip, turned = np.empty(_STRIP * GROUP, dtype=np.float32), np.empty(_STRIP * GROUP, dtype=np.float32)
+    for g in range(len(groups)):
+        e, first, rows, place = groups[g]
+        lanes, following = _lanes(rows), groups[min(g + 1, len(groups) - 1), 0]
+        start = (place - groups[0, 3]) * I
+        for h in range(begin, end, _STRIP):
+            width = min(_STRIP, end - h)
+            for row in range(e * H + h, e * H + h + width, ROWS):
+                soon = row + ahead if row + ahead < e * H + end else following * H + begin + row + ahead - e * H - end
+                _multiply(w, row, e * H + H - 1, soon, panels, start, lanes, strip, -(e * H + h) * lanes)
+            for i in range(0, width, LANES):
+                for m in range(0, lanes, LANES):
+                    _turn(strip, i * lanes + m, lanes, turned, m * _STRIP + i, _STRIP)
+            for m in range(rows):
+                t, scale = token[first + m], weight[first + m]
+                for i in range(width):
+                    y[t, h + i] += scale * turned[m * _STRIP + i]
+
+
+@compiled(fastmath=_FAST, parallel=THREADS)
+def multiply(x, token, weight, groups, w, panels, gather, chunks):
+    """Products of experts' weights with the rows of their groups.
+
+    gather: from x [T, H] to panels [parts, I * lanes of all groups], where each part of a weight w [E, parts * I, H]
+    makes a panel [I, L] a group, one after the other. Else from panels [1, I * lanes of all groups] to x [T, H]:
+    weight[n] * w[e] times row n is added to x[token[n]], w [E, H, I]. token, weight [N]; all in one piece, float32 (w
+    bfloat16 too). Each of `chunks` threads takes some rows of every weight, so has some columns of y to itself, and
+    the groups in their order: their number changes no sum.
+    """
+    rows = w.shape[1] // len(panels)
+    blocks = (rows + ROWS - 1) // ROWS * len(panels)
     for chunk in numba.prange(chunks):
-        sums = np.empty((3, ROWS), dtype=np.float32)
-        for g in range(len(experts)):
-            e, start, stop = experts[g], offsets[g], offsets[g + 1]
-            for first in range(blocks * chunk // chunks * ROWS, min(blocks * (chunk + 1) // chunks * ROWS, O), ROWS):
-                width = min(ROWS, O - first)
-                for n in range(start, stop, 3):
-                    n1, n2 = min(n + 1, stop - 1), min(n + 2, stop - 1)
-                    if gather:
-                        _sums(w, e, first, O - 1, x, token[n], token[n1], token[n2], sums)
-                    else:
-                        _sums(w, e, first, O - 1, x, n, n1, n2, sums)
-                    for j in range(min(3, stop - n)):
-                        if not gather:
-                            _add(out, token[n + j], first, width, sums, j)
-                        else:
-                            _put(out, n + j, first, width, sums, j)
+        begin, end = blocks * chunk // chunks, blocks * (chunk + 1) // chunks
+        if begin < end:
+            if gather:
+                _gather(x, token, groups, w, panels, begin, end)
+            else:
+                _scatter(x, token, weight, groups, w, panels[0], begin * ROWS, min(end * ROWS, rows))
 
 
-@_compiled(fastmath=_FAST)
-def few_choices(x, weights, ids, w13, w2, identities, num_slots, y, chunks):
-    """y = the whole of a layer after routing, for few choices: sorting them takes a time that grows with their square.
+@compiled(parallel=THREADS)
+def rows_of_panels(panels, groups, rows, chunks):
+    """rows [N, parts * I]: what `multiply` wrote to panels [parts, I * lanes of all groups], row by row."""
+    parts, I = len(panels), rows.shape[1] // len(panels)
+    for chunk in numba.prange(chunks):
+        for g in range(len(groups) * chunk // chunks, len(groups) * (chunk + 1) // chunks):
+            _, first, M, place = groups[g]
+            for part in range(parts):
+                for m in range(M):
+                    for i in range(I):
+                        at = ((place - groups[0, 3]) * I + i * _lanes(M)) + m
+                        rows[first + m, part * I + i] = panels[part, at]
 
-    x, y [T, H], weights [T, K], w13 [E, 2I, H] and w2 [E, H, I] float32 (w13, w2 bfloat16 too), ids [T, K] int64;
-    `identities` slots from E on are identities; silu. Returns the first id that is no slot and not -1 (num_slots -1:
-    any), or -1 if there is none.
-    """
-    (T, K), E, I = ids.shape, w13.shape[0], w2.shape[2]
-    token, expert = np.empty(T * K, dtype=np.int64), np.empty(T * K, dtype=np.int64)
-    weight = np.empty(T * K, dtype=np.float32)
-    rows = 0
-    for t in range(T):
-        alpha = np.float32(0)
-        for k in range(K):
-            e = ids[t, k]
-            if e < -1 or 0 <= num_slots <= e:
-                return e
-            if E <= e < E + identities:
-                alpha += weights[t, k]
-            elif 0 <= e < E:
-                place = rows
-                while place > 0 and expert[place - 1] > e:
-                    expert[place], token[place], weight[place] = expert[place - 1], token[place - 1], weight[place - 1]
-                    place -= 1
-                expert[place], token[place], weight[place] = e, t, weights[t, k]
-                rows += 1
-        for h in range(x.shape[1]):
-            if x[t, h] != x[t, h]:
-                alpha = np.float32(np.nan)
-        for h in range(x.shape[1]):
-            y[t, h] = alpha * x[t, h]
-    if rows == 0:
-        return -1
-    offsets = np.empty(rows + 1, dtype=np.int64)
-    groups = 0
-    for n in range(rows):
-        if n == 0 or expert[n] != expert[n - 1]:
-            offsets[groups], groups = n, groups + 1
-    offsets[groups] = rows
-    experts = expert[offsets[:groups]]
-    both, inner = np.empty((rows, 2 * I), dtype=np.float32), np.empty((rows, I), dtype=np.float32)
-    multiply(x, w13, token[:rows], experts, offsets[: groups + 1], both, True, chunks)
-    for n in range(rows):
+
+@compiled(fastmath=_FAST)
+def silu_panels(panels, groups):
+    """panels[0] = silu(panels[0]) * panels[1], only in the lanes that have a row."""
+    I = panels.shape[1] // lanes_of(groups)
+    for g in range(len(groups)):
+        _, _, rows, place = groups[g]
         for i in range(I):
-            gate = both[n, i]
-            inner[n, i] = gate / (np.float32(1) + np.exp(-gate)) * both[n, I + i] * weight[n]
-    multiply(inner, w2, token[:rows], experts, offsets[: groups + 1], y, False, chunks)
-    return -1
-
-
-@_compiled()
-def largest(choice, logits, masked, ids, start, stop):
-    """ids[t]: the k largest of choice[t] for t from start to stop, equal values by lower id; float32, ids int64.
-
-    masked: a slot whose logit is -inf counts as -inf. A NaN is larger than nothing, and no row of ids leaves 0..A-1.
-    """
-    A, k = choice.shape[1], ids.shape[1]
-    best = np.empty(k, dtype=np.float32)
-    for t in range(start, stop):
-        found = 0
-        for a in range(A):
-            value = choice[t, a]
-            if masked and logits[t, a] == -np.inf:
-                value = np.float32(-np.inf)
-            if found == k and not value > best[k - 1]:
-                continue
-            place = min(found, k - 1)
-            while place > 0 and best[place - 1] < value:
-                best[place], ids[t, place] = best[place - 1], ids[t, place - 1]
-                place -= 1
-            best[place], ids[t, place] = value, a
-            found = min(found + 1, k)
-
-
-@_compiled(parallel=_THREADS)
-def largest_by_threads(choice, logits, masked, ids, chunks):
-    """`largest` for all rows, in `chunks` threads."""
-    T = len(choice)
-    for chunk in numba.prange(chunks):
-        largest(choice, logits, masked, ids, T * chunk // chunks, T * (chunk + 1) // chunks)
+            at = place * I + i * _lanes(rows)
+            for m in range(at, at + rows):
+                panels[0, m] *= panels[1, m] / (np.float32(1) + np.exp(-panels[0, m]))

@@ -6,18 +6,21 @@ more than of the instruction set; the measurements behind the numbers here are i
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .topk import HAS_NUMBA
 
-_LOOP_ROWS = 48  # rows of one expert, up to which our compiled loops beat torch; _SMALL_WEIGHT_ROWS for small weights
-_LOOP_ROWS_BFLOAT16 = 8  # of bfloat16 weights, where torch has instructions for them
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
+_LOOP_ROWS_BFLOAT16 = 24  # rows of one expert, up to which our loops beat torch's instructions for bfloat16
 _MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
 _SWAP_ROWS = 96  # above, the two orders of the factors take the same time
 _DIRECT_ROWS = 16
+_PANELS = 2**19  # float32 numbers of gate and up that our loops compute before the activation takes them
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
@@ -27,58 +30,86 @@ def is_small(weight_EOI: Tensor) -> bool:
 
 
 def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
-    """Up to how many rows an expert `gather_products` and `scatter_products` are the better routines; 0 for never.
+    """Up to how many rows an expert our compiled loops are the better routines; 0 for never.
 
     They take float32 or bfloat16 in one piece, and need numba.
     """
     same = x_TH.dtype == w13.dtype == w2.dtype and x_TH.dtype in (torch.float32, torch.bfloat16)
-    if not HAS_NUMBA or not same or any(not tensor.is_contiguous() for tensor in (x_TH, w13, w2)):
+    if not HAS_NUMBA or not same or any(not tensor.is_contiguous() or not tensor.numel() for tensor in (x_TH, w13, w2)):
         return 0
     if x_TH.dtype == torch.bfloat16 and has_fast_bfloat16():
-        return _LOOP_ROWS_BFLOAT16
-    if is_small(w13):
-        return _SMALL_WEIGHT_ROWS
-    # One token of a large layer is faster by `products`, where each thread reads whole weights of its own.
-    return _LOOP_ROWS if len(x_TH) > 1 or x_TH.dtype == torch.bfloat16 else 0
+        return _SMALL_WEIGHT_ROWS if is_small(w13) else _LOOP_ROWS_BFLOAT16
+    return sys.maxsize
 
 
-def gather_products(
-    x_TH: Tensor, token_N: Tensor, weight_EOH: Tensor, experts: list[tuple[int, int, int]], begins: list[int]
-) -> Tensor:
-    """[N, O] float32: each row's token times the transposed weight of its expert; begins: where each's rows do."""
-    out_NO = torch.empty((len(token_N), weight_EOH.shape[1]), dtype=torch.float32)
-    _multiply(x_TH.float(), token_N, weight_EOH, experts, begins, out_NO, gather=True)
-    return out_NO
+def sort_by_loop(ids_N: Tensor, num_slots: int, choice_N: Tensor, expert_offsets: Tensor) -> int:
+    """Fill choice_N and expert_offsets, all int64; returns an id out of range or -1. See `choices.sort_choices`."""
+    from .choices import sort_choices
+    from .compiled import array
+
+    return sort_choices(array(ids_N), num_slots, array(choice_N), array(expert_offsets))
 
 
-def scatter_products(
-    rows_NI: Tensor,
+def add_by_loops(
+    y_TH: Tensor,
+    x_TH: Tensor,
     token_N: Tensor,
-    weight_EOI: Tensor,
-    experts: list[tuple[int, int, int]],
-    begins: list[int],
-    y_TO: Tensor,
+    weight_N1: Tensor,
+    expert_offsets: Tensor,
+    most: int,
+    w13: Tensor,
+    w2: Tensor,
+    activation: str,
+    preact_N2I: Tensor | None,
 ) -> None:
-    """Add to each row's token in y the transposed weight of the row's expert times the row, in the order of experts."""
-    _multiply(rows_NI, token_N, weight_EOI, experts, begins, y_TO, gather=False)
+    """Add the weighted rows of each expert that has at most `most` to y; what gate and up yield goes to preact."""
+    from .compiled import array
+    from .loops import group_rows, lanes_of, multiply, rows_of_panels
+
+    I, chunks = w2.shape[2], torch.get_num_threads()
+    x_TH, token_N, weight_N1 = x_TH.float(), token_N.contiguous(), weight_N1.contiguous()
+    y, x, token, weight, up, down = (array(tensor) for tensor in (y_TH, x_TH, token_N, weight_N1.view(-1), w13, w2))
+    all_groups = group_rows(array(expert_offsets), most)
+    places, stop = all_groups[:, 3], 0
+    while stop < len(all_groups):
+        start = stop
+        stop = int(places.searchsorted(places[start] + max(1, _PANELS // (2 * I))))
+        groups = all_groups[start:stop]
+        both = torch.empty((2, I * lanes_of(groups)))
+        multiply(x, token, weight, groups, up, array(both), True, chunks)
+        if preact_N2I is not None:
+            rows_of_panels(array(both), groups, array(preact_N2I), chunks)
+        inner = ACTIVATIONS[activation].forward(both[:1]).mul_(both[1:])
+        multiply(y, token, weight, groups, down, array(inner), False, chunks)
 
 
-def _multiply(
-    x: Tensor,
-    token_N: Tensor,
-    weight: Tensor,
-    experts: list[tuple[int, int, int]],
-    begins: list[int],
-    out: Tensor,
-    *,
-    gather: bool,
-) -> None:
-    from .loops import array, multiply
+def add_few(
+    y_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    identities: int,
+    num_slots: int,
+) -> int:
+    """A layer of identities and silu into y, float32, without any operator; returns an id out of range or -1."""
+    from .choices import prepare
+    from .compiled import array
+    from .loops import group_rows, lanes_of, multiply, silu_panels
 
-    offsets = torch.tensor(begins)
-    ids, token_N = torch.tensor([e for e, _, _ in experts]), token_N.contiguous()
-    arrays = (array(tensor) for tensor in (x, weight, token_N, ids, offsets, out))
-    multiply(*arrays, gather, torch.get_num_threads())
+    x, y, ids, weights = (array(tensor) for tensor in (x_TH, y_TH, ids_TK, weights_TK))
+    expert_offsets, chunks = torch.empty(len(w13) + 1, dtype=torch.int64), torch.get_num_threads()
+    offsets = array(expert_offsets)
+    wrong, token, weight = prepare(x, weights, ids, identities, num_slots, offsets, y)
+    groups = group_rows(offsets, len(weight))
+    if len(groups):
+        both = torch.empty((2, w2.shape[2] * lanes_of(groups)))
+        panels = array(both)
+        multiply(x, token, weight, groups, array(w13), panels, True, chunks)
+        silu_panels(panels, groups)
+        multiply(y, token, weight, groups, array(w2), panels[:1], False, chunks)
+    return wrong
 
 
 def shared_rows(weight_EOI: Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 HAS_NUMBA = find_spec("numba") is not None
 _MOST_ALONE = 2**15  # values, up to which one thread is done before a second one starts
+_FEW_LOGITS = 2**12  # up to here one loop over all of selecting takes less time than starting a dozen operators
 _FEW = 64  # values, up to which Python looks at them faster than torch
 _NEVER = float("-inf")
 
@@ -34,7 +35,8 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 
 def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by a compiled loop; for the host, where numba is installed. float32."""
-    from .loops import array, largest, largest_by_threads
+    from .choices import largest, largest_by_threads
+    from .compiled import array
 
     T, A = choice_TA.shape
     ids_TK = torch.empty((T, k), dtype=torch.int64)
@@ -54,6 +56,26 @@ def on_host(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by whichever of the two ways for the host there is."""
     loops = HAS_NUMBA and choice_TA.dtype == torch.float32 and (logits_TA is None or logits_TA.dtype == torch.float32)
     return (by_loops if loops else by_repair)(choice_TA, logits_TA, k)
+
+
+def takes_few(logits_TA: Tensor) -> bool:
+    """Whether `select_few` is the better way, gradients aside: few float32 logits on the host, and numba."""
+    return HAS_NUMBA and logits_TA.device.type == "cpu" and 0 < logits_TA.numel() <= _FEW_LOGITS
+
+
+def select_few(
+    logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(weights [T, k] float32, ids [T, k] int64): all of selecting by softmax in one loop; see `choices.select`."""
+    from .choices import select
+    from .compiled import array
+
+    weights_TK = torch.empty((len(logits_TA), k))
+    ids_TK = torch.empty((len(logits_TA), k), dtype=torch.int64)
+    logits_TA = logits_TA.contiguous()
+    bias = torch.zeros(1) if bias is None else bias.contiguous()
+    select(array(logits_TA), array(bias), dropped, renormalize, scaling, array(weights_TK), array(ids_TK))
+    return weights_TK, ids_TK
 
 
 def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:

@@ -1,0 +1,63 @@
+"""What files of functions that numba compiles have in common. Only those import numba, and nobody imports them early.
+
+A compiled function is kept on disk until its own file changes, so it calls only functions of its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numba
+import numpy as np
+from torch import Tensor
+
+
+def _has_safe_threads() -> bool:
+    """Whether numba has threads that several Python threads may use at a time; its own ones end the process then."""
+    for pool in ("tbbpool", "omppool"):
+        try:
+            import_module(f"numba.np.ufunc.{pool}")
+        except ImportError:
+            continue
+        return True
+    return False
+
+
+class _Memory:
+    """A tensor's memory in the form that numpy looks for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        form = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": form,
+            "shape": tuple(tensor.shape),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The values of a contiguous float32 or int64 tensor, the bits of a bfloat16 one; it has to outlive the array.
+
+    Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
+    """
+    return np.asarray(_Memory(tensor))
+
+
+def compiled(**how: Any) -> Callable[[Callable], Callable]:
+    """numba.njit, kept on disk from one process to the next where there is a place to write to."""
+
+    def decorate(loop: Callable) -> Callable:
+        try:
+            return numba.njit(cache=True, **how)(loop)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            return numba.njit(**how)(loop)
+
+    return decorate
+
+
+THREADS = _has_safe_threads()
