@@ -5,6 +5,8 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, C co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class MoE(nn.Module):
 
     Args:
         config: MoEConfig.
-        router_bias, tied_null, gating_residual: see zemoe.routing.Router.
+        router_bias, tied_null, gating_residual, logit_norm: see zemoe.routing.Router.
         shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
         dtype: of the expert weights; the router and the affine parameters are float32.
 
@@ -61,6 +63,7 @@ class MoE(nn.Module):
         router_bias: bool = False,
         tied_null: bool = False,
         gating_residual: bool = False,
+        logit_norm: float | None = None,
         shared_intermediate_size: int = 0,
         shared_gated: bool = False,
         dtype: torch.dtype | None = None,
@@ -70,7 +73,9 @@ class MoE(nn.Module):
         check_kinds(config.zero_expert_kinds)
         moe_activation(config.activation)
         self.config = config
-        self.router = Router(config, bias=router_bias, tied_null=tied_null, gating_residual=gating_residual)
+        self.router = Router(
+            config, bias=router_bias, tied_null=tied_null, gating_residual=gating_residual, logit_norm=logit_norm
+        )
         E, H, width = config.num_experts, config.hidden_size, config.intermediate_size
         C = count_kind(config.zero_expert_kinds, "constant")
         S = count_kind(config.zero_expert_kinds, "scaled_identity")
@@ -87,6 +92,70 @@ class MoE(nn.Module):
         for parameter in (self.w13, self.w2, self.router.classifier.weight, self.constant_router, self.constant_value):
             if parameter is not None:
                 nn.init.normal_(parameter, std=init_std)
+
+    @classmethod
+    def moe_plus_plus(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        zero: int = 1,
+        copy: int = 1,
+        constant: int = 2,
+        **options: Any,
+    ) -> MoE:
+        """An MoE++ layer (Jin et al., arXiv 2410.07348; the counts are those of its 7B model).
+
+        Softmax over all slots; zero, copy and constant experts in this id order; the weights of what was chosen, less
+        zero experts, are normalised; a gating residual takes the logits of the MoE++ layer before:
+        `y, routing = layer(x, prev_logits, return_routing=True)`, and `routing.logits_TA` is for the next one.
+
+        Args:
+            zero, copy, constant: how many of each. options: of MoE itself; a first layer without a predecessor may
+                have gating_residual=False, and does not need it.
+        """
+        config = MoEConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            zero_expert_kinds=(("zero", zero), ("identity", copy), ("constant", constant)),
+            renormalize="nonnull",
+        )
+        return cls(config, **{"gating_residual": True, **options})
+
+    @classmethod
+    def isaac(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        num_null_experts: int,
+        top_k: int,
+        *,
+        logit_norm: float = 1.0,
+        **options: Any,
+    ) -> MoE:
+        """A layer with null experts behind one tied logit (Kilian et al., arXiv 2601.15370, as in Isaac).
+
+        Softmax over all slots; the router has one row for all null experts, whose logit is repeated; a token's weights
+        are normalised over the FFN experts that it chose; the router's logits are normalised (`normalize_logits`).
+        Trained with the Switch loss over all slots, a token uses K E / (E + Z) FFN experts on average.
+
+        Args:
+            num_null_experts: Z. logit_norm: the scale of the normalised logits. options: of MoE itself.
+        """
+        config = MoEConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            zero_expert_kinds=(("zero", num_null_experts),),
+            renormalize="real",
+        )
+        return cls(config, **{"tied_null": True, "logit_norm": logit_norm, **options})
 
     def forward(
         self, hidden_states: Tensor, prev_logits: Tensor | None = None, return_routing: bool = False

@@ -212,6 +212,19 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
         return F.linear(x_TH.float(), weight_RH.float())
 
 
+def normalize_logits(logits_TA: Tensor, scale: float) -> Tensor:
+    """scale * (logits - mean) / sqrt(variance + 1e-6), both over a token's slots (Skywork-MoE, arXiv 2406.06563).
+
+    A slot whose logit is -inf stays masked and is left out of mean and variance.
+    """
+    kept_TA = logits_TA != float("-inf")
+    count_T1 = kept_TA.sum(-1, keepdim=True).clamp(min=1)
+    mean_T1 = logits_TA.masked_fill(~kept_TA, 0.0).sum(-1, keepdim=True) / count_T1
+    centred_TA = (logits_TA - mean_T1).masked_fill(~kept_TA, 0.0)
+    variance_T1 = centred_TA.square().sum(-1, keepdim=True) / count_T1
+    return (scale * centred_TA * (variance_T1 + 1e-6).rsqrt()).masked_fill(~kept_TA, float("-inf"))
+
+
 class RoutingModule(nn.Module):
     """A module whose forward returns a Routing, so that `observe` can collect it."""
 
@@ -235,18 +248,29 @@ class Router(nn.Module):
         bias: the classifier has a bias.
         tied_null: the classifier has E + 1 rows; the last logit is repeated for all Z zero-computation experts.
         gating_residual: adds W_g times the previous layer's logits (MoE++); W_g starts at zero.
+        logit_norm: the scale that the classifier's logits are normalised to, see `normalize_logits`: before a tied null
+            logit is repeated, so that Z plays no part, and before a gating residual is added. None to leave them.
     """
 
     e_score_correction_bias: Tensor
 
     def __init__(
-        self, config: MoEConfig, *, bias: bool = False, tied_null: bool = False, gating_residual: bool = False
+        self,
+        config: MoEConfig,
+        *,
+        bias: bool = False,
+        tied_null: bool = False,
+        gating_residual: bool = False,
+        logit_norm: float | None = None,
     ) -> None:
         super().__init__()
         check_scoring(config.scoring_func)
         if tied_null and not config.num_zero_experts:
             raise ValueError("tied_null=True needs at least one zero-computation expert, got none in zero_expert_kinds")
+        if logit_norm is not None and not 0 < logit_norm < float("inf"):
+            raise ValueError(f"logit_norm must be a finite number above 0, or None, got {logit_norm!r}")
         self.config = config
+        self.logit_norm = logit_norm
         self.tied_null = tied_null
         rows = config.num_experts + 1 if tied_null else config.num_slots
         self.classifier = nn.Linear(config.hidden_size, rows, bias=bias, dtype=torch.float32)
@@ -271,6 +295,8 @@ class Router(nn.Module):
             logits, extra = product[:, :rows], product[:, rows:]
             if bias is not None:
                 logits = logits + bias.float()
+            if self.logit_norm is not None:
+                logits = normalize_logits(logits, self.logit_norm)
             if self.tied_null:
                 E, Z = self.config.num_experts, self.config.num_zero_experts
                 logits = torch.cat([logits[:, :E], logits[:, E:].expand(-1, Z)], dim=-1)
