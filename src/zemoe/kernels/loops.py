@@ -27,7 +27,7 @@ ROWS = 6
 LANES = 8  # of the narrowest vector
 GROUP = 64  # rows of one expert; a panel of more would not stay in the second-level cache
 _STRIP = 48  # rows of a result that are turned round at a time: whole ROWS and whole LANES
-_SUMMED = 128  # columns whose products are summed before they are added to the rest, for the sake of accuracy
+_SUMMED = 256  # columns whose products are summed before they are added to the rest, for the sake of accuracy
 _AHEAD = 2048  # columns, which take _tile a microsecond or two, between calling for a row and its use
 _LINE = 16  # float32 numbers of a cache line
 # Lanes of a vector, and of the most vectors whose sums with ROWS rows stay in registers.
@@ -90,13 +90,9 @@ def _sums(builder, widths, weights, coming, xs, pitch, first, stop):
     sums = [[cgutils.alloca_once(builder, ir.VectorType(_F32, n)) for n in widths] for _ in weights]
     for vector in (vector for vectors in sums for vector in vectors):
         builder.store(ir.Constant(vector.type.pointee, None), vector)  # LLVM keeps these in registers
-    byte = ir.IntType(8).as_pointer()
-    form = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
     with cgutils.for_range_slice(builder, first, stop, ir.Constant(_I64, _LINE)) as (line, _):
         for row in coming:
-            place = builder.bitcast(builder.gep(row, [line]), byte)
-            builder.call(prefetch, [place, *(ir.Constant(_I32, n) for n in (0, 2, 1))])  # read, second level, data
+            _prefetch(builder, builder.gep(row, [line]))
         line_stop = builder.add(line, ir.Constant(_I64, _LINE))
         line_stop = builder.select(builder.icmp_signed("<", line_stop, stop), line_stop, stop)
         with cgutils.for_range_slice(builder, line, line_stop, ir.Constant(_I64, 1)) as (h, _):
@@ -108,6 +104,15 @@ def _sums(builder, widths, weights, coming, xs, pitch, first, stop):
                     term = builder.fmul(_splat(builder, number, value.type), value, flags=("contract",))
                     builder.store(builder.fadd(builder.load(vector), term, flags=("contract",)), vector)
     return sums
+
+
+def _prefetch(builder, pointer):
+    """Have a line brought from memory; whether the address is a valid one does not matter."""
+    byte = ir.IntType(8).as_pointer()
+    form = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+    how = [ir.Constant(_I32, n) for n in (0, 2, 1)]  # for reading, into the second-level cache, data
+    builder.call(prefetch, [builder.bitcast(pointer, byte), *how])
 
 
 def _splat(builder, number, kind):
@@ -194,17 +199,16 @@ def _multiply(w, row, last, soon, panels, start, lanes, out, to):
 
 
 @compiled(fastmath=_FAST)
-def _pack(x, token, first, rows, panel):
-    """panel[h * L + m] = x[token[first + m], h], and the last row again for lanes without a row."""
+def _pack(x, token, first, rows, some, panel):
+    """panel[h * L + m] = x[token[first + m], h], and the last row again for lanes without a row; `some`: for 8 rows."""
     H, lanes = x.shape[1], _lanes(rows)
-    width = _lanes(H)
-    some = np.zeros(LANES * width, dtype=np.float32)
+    width = _lanes(H) + _LINE  # no multiple of 4 KiB, at which the rows would compete for the same lines of a cache
     for m in range(0, lanes, LANES):
         for i in range(LANES):
             t = token[first + min(m + i, rows - 1)]
             for h in range(H):
                 some[i * width + h] = x[t, h]
-        for h in range(0, width, LANES):
+        for h in range(0, H, LANES):
             _turn(some, h, width, panel, h * lanes + m, lanes)
 
 
@@ -215,10 +219,11 @@ def _gather(x, token, groups, w, panels, begin, end):
     I = O // parts
     blocks, ahead = (I + ROWS - 1) // ROWS, (_AHEAD + H - 1) // H
     panel = np.empty(GROUP * _lanes(H), dtype=np.float32)
+    some = np.zeros(LANES * (_lanes(H) + _LINE), dtype=np.float32)
     for g in range(len(groups)):
         e, first, rows, place = groups[g]
         lanes, following = _lanes(rows), groups[min(g + 1, len(groups) - 1), 0]
-        _pack(x, token, first, rows, panel)
+        _pack(x, token, first, rows, some, panel)
         for block in range(begin, end):
             row = _row_of_block(e, block, parts, O)
             soon = _row_of_block(e, block + ahead, parts, O)
