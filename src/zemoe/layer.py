@@ -16,6 +16,30 @@ from .experts import fused_experts, moe_activation
 from .routing import Router, Routing
 
 
+def weighted_experts(
+    x_TH: Tensor,
+    routing: Routing,
+    w13: Tensor,
+    w2: Tensor,
+    config: MoEConfig,
+    affine_params: AffineParams | None = None,
+    constant_logits: Tensor | None = None,
+) -> Tensor:
+    """[T, H]: the weighted sum of the experts that `routing` chose, by the numbers of `config`; see `fused_experts`."""
+    return fused_experts(
+        x_TH,
+        w13,
+        w2,
+        routing.topk_weights_TK,
+        routing.topk_ids_TK,
+        num_experts=config.num_experts,
+        zero_expert_kinds=config.zero_expert_kinds,
+        affine_params=affine_params,
+        activation=config.activation,
+        constant_logits=constant_logits,
+    )
+
+
 class SharedExperts(nn.Module):
     """A gated FFN that every token passes, optionally weighed by sigmoid(w_g x) (Qwen2-MoE).
 
@@ -178,17 +202,14 @@ class MoE(nn.Module):
         rows = None if self.constant_router is None else self.constant_router.flatten(0, 1)
         logits_TA, constant = self.router.project(x_TH, prev_logits, rows)
         routing = self.router.select(logits_TA)
-        y_TH = fused_experts(
+        y_TH = weighted_experts(
             x_TH,
+            routing,
             self.w13,
             self.w2,
-            routing.topk_weights_TK,
-            routing.topk_ids_TK,
-            num_experts=config.num_experts,
-            zero_expert_kinds=config.zero_expert_kinds,
-            affine_params=AffineParams(self.constant_router, self.constant_value, self.scale),
-            activation=config.activation,
-            constant_logits=None if rows is None else constant.unflatten(1, (-1, 2)),
+            config,
+            AffineParams(self.constant_router, self.constant_value, self.scale),
+            None if rows is None else constant.unflatten(1, (-1, 2)),
         )
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)

@@ -1,0 +1,223 @@
+"""`zemoe.retrofit_`: zero experts for trained models of transformers with Qwen3-MoE, Mixtral or DeepSeek-V3 routers.
+
+Blocks change their class, they aren't replaced: hooks, names and Parameters stay (docs/transformers.md says why).
+
+E FFN experts, Z zero experts, A = E + Z slots, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
+
+from ..config import MoEConfig, check_count, expand_kinds
+from ..retrofit import ZeroExpertBlock, new_router_rows
+
+_KINDS = ("identity", "zero")
+_ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+}
+
+
+class ZeroExpertQwen3MoeBlock(ZeroExpertBlock, qwen3.Qwen3MoeSparseMoeBlock):
+    """Qwen3-MoE's block with zero experts."""
+
+
+class ZeroExpertMixtralBlock(ZeroExpertBlock, mixtral.MixtralSparseMoeBlock):
+    """Mixtral's block with zero experts."""
+
+
+class ZeroExpertDeepseekV3Block(ZeroExpertBlock, deepseek.DeepseekV3MoE):
+    """DeepSeek-V3's block with zero experts, and with the selection bias [E] that its gate has."""
+
+    @property
+    def e_score_correction_bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The gate's own buffer [E]."""
+        return self.gate.get_buffer("e_score_correction_bias")
+
+
+def _qwen3_rules(block: Any) -> dict[str, Any]:
+    return {"renormalize": bool(block.gate.norm_topk_prob)}
+
+
+def _mixtral_rules(block: Any) -> dict[str, Any]:
+    if block.jitter_noise:
+        raise ValueError(
+            f"router_jitter_noise must be 0, got {block.jitter_noise}: our routers add no noise, set it to 0 first"
+        )
+    return {"renormalize": True}
+
+
+def _deepseek_rules(block: Any) -> dict[str, Any]:
+    gate = block.gate
+    if gate.num_group != 1:
+        raise ValueError(
+            f"n_group must be 1, got {gate.num_group}: the groups are made of the E trained experts, and a group limit "
+            "over all A slots would be another one"
+        )
+    return {
+        "renormalize": bool(gate.norm_topk_prob),
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": float(gate.routed_scaling_factor),
+    }
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Stock's classes, the block's class with zero experts, and the rules of its router as fields of MoEConfig."""
+
+    block: type[nn.Module]
+    gate: type[nn.Module]
+    experts: type[nn.Module]
+    ours: type[ZeroExpertBlock]
+    rules: Callable[[Any], dict[str, Any]]
+
+
+_FAMILIES = (
+    _Family(
+        qwen3.Qwen3MoeSparseMoeBlock,
+        qwen3.Qwen3MoeTopKRouter,
+        qwen3.Qwen3MoeExperts,
+        ZeroExpertQwen3MoeBlock,
+        _qwen3_rules,
+    ),
+    _Family(
+        mixtral.MixtralSparseMoeBlock,
+        mixtral.MixtralTopKRouter,
+        mixtral.MixtralExperts,
+        ZeroExpertMixtralBlock,
+        _mixtral_rules,
+    ),
+    _Family(
+        deepseek.DeepseekV3MoE,
+        deepseek.DeepseekV3TopkRouter,
+        deepseek.DeepseekV3Experts,
+        ZeroExpertDeepseekV3Block,
+        _deepseek_rules,
+    ),
+)
+
+
+def retrofit_(
+    model: nn.Module,
+    num_zero_experts: int,
+    *,
+    zero_expert_type: str = "zero",
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[str, ...]:
+    """Give every MoE block of a trained transformers model zero experts, in place.
+
+    Each router gets Z rows, drawn with the mean and deviation of its trained rows (ZEDA). Everything that was there
+    stays the same object under the same name; `zero_weight` [Z, H] is new in every block, for an optimizer made after
+    this. From then on a token's K choices are among all A slots and weighed by the model's own rule (scores, which are
+    normalised over the K chosen if the model does that); the router computes in float32. Train with
+    `zemoe.balance.zeda_balance_loss`. `zemoe.retrofit.zero_experts_disabled(model)` gives the model as it was,
+    `unretrofit_` takes the zero experts out again.
+
+    To load one: build or load the plain model, `retrofit_` it alike, then `load_state_dict`.
+
+    Args:
+        model: with blocks of Qwen3-MoE, Mixtral or DeepSeek-V3 (`n_group` 1); dense layers stay as they are.
+        num_zero_experts: Z, at least 1, in every block.
+        zero_expert_type: "zero" (ZEDA) or "identity".
+        top_k: K from now on; the model's own by default, so that zero choices take the place of FFN experts.
+        generator: of the CPU, for the new rows. Data-parallel ranks must draw the same ones.
+
+    Returns:
+        The names of the blocks.
+
+    Raises:
+        ValueError: for a count or kind that cannot be, a model without such blocks, or one of them that has been
+            changed before (retrofitted, quantized, wrapped, sharded) or routes as our rules can't express, with the
+            reason. Nothing has changed then, nor after any other exception.
+        TypeError: if model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: {model!r}")
+    check_count("num_zero_experts", num_zero_experts, 1)
+    kinds = expand_kinds(zero_expert_type, num_zero_experts)
+    if kinds[0][0] not in _KINDS:
+        raise ValueError(f"zero_expert_type must be one of {_KINDS} (or copy, null), got {zero_expert_type!r}")
+    blocks: dict[str, tuple[Any, _Family]] = {}
+    for name, module in model.named_modules():
+        family = next((family for family in _FAMILIES if isinstance(module, family.block)), None)
+        if family is not None:
+            blocks[name] = module, family
+    if not blocks:
+        known = ", ".join(family.block.__name__ for family in _FAMILIES)
+        raise ValueError(f"model must have mixture-of-experts blocks ({known}), got {type(model).__name__} without any")
+    if any(getattr(getattr(module, "config", None), "output_router_logits", False) for module in model.modules()):
+        raise ValueError(
+            "config.output_router_logits must be False: transformers' own balance loss knows E experts only; use "
+            "zemoe.observe and zemoe.zeda_balance_loss"
+        )
+    prepared = []
+    for name, (block, family) in blocks.items():
+        try:
+            rules = _rules(block, family, kinds, top_k)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        prepared.append((block, family, rules, new_router_rows(block.gate.weight, num_zero_experts, generator)))
+    changed = []
+    try:
+        for block, family, rules, rows in prepared:
+            changed.append((block, family))
+            block.__class__ = family.ours
+            block.adopt(rules, rows)
+    except BaseException:
+        for block, family in changed:
+            _to_stock(block, family)
+        raise
+    return tuple(blocks)
+
+
+def unretrofit_(model: nn.Module) -> tuple[str, ...]:
+    """Take the zero experts of `retrofit_` out again, in place; returns the names of the blocks that had them."""
+    blocks: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, ZeroExpertBlock)}
+    for block in blocks.values():
+        _to_stock(block, next(family for family in _FAMILIES if type(block) is family.ours))
+    return tuple(blocks)
+
+
+def _to_stock(block: Any, family: _Family) -> None:
+    ZeroExpertBlock.release(block)  # the block may not have our class yet
+    block.__class__ = family.block
+
+
+def _rules(block: Any, family: _Family, kinds: tuple[tuple[str, int], ...], top_k: int | None) -> MoEConfig:
+    """The MoEConfig of a stock block with zero experts of `kinds`; ValueError, with the reason, where there is none."""
+    if isinstance(block, ZeroExpertBlock):
+        raise ValueError("the block has zero experts already; unretrofit_ the model first")
+    for part, expected in ((block, family.block), (block.gate, family.gate), (block.experts, family.experts)):
+        if type(part) is not expected:
+            raise ValueError(f"the block must be made of {expected.__name__}, got {type(part).__name__} (quantized?)")
+        if "forward" in vars(part):
+            raise ValueError(f"{expected.__name__} is wrapped (parallel or offloaded); unwrap it first")
+    router, gate_up = block.gate.weight, block.experts.gate_up_proj
+    for tensor in (router, gate_up, block.experts.down_proj):
+        if isinstance(tensor, DTensor) or not tensor.is_floating_point():
+            raise ValueError("the weights are sharded or quantized; retrofit before that")
+    activation = type(block.experts.act_fn).__name__
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {sorted(set(_ACTIVATIONS.values()))}, got {activation}")
+    return MoEConfig(
+        hidden_size=router.shape[1],
+        intermediate_size=gate_up.shape[1] // 2,
+        num_experts=router.shape[0],
+        top_k=block.gate.top_k if top_k is None else top_k,
+        zero_expert_kinds=kinds,
+        activation=_ACTIVATIONS[activation],
+        **family.rules(block),
+    )
