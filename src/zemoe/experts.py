@@ -95,13 +95,33 @@ def _infer_triton(call: Call) -> Tensor:
     )
 
 
+def _train_triton(call: Call) -> Tensor:
+    T, K = call.ids_TK.shape
+    slots = call.num_slots or call.num_experts
+    block_m = ops_triton.training_rows_per_tile(T, K, slots)
+    *plan, _, _ = ops_triton.prepare(
+        call.weights_TK.detach(),
+        call.ids_TK,
+        num_experts=call.num_experts,
+        num_slots=-1 if call.num_slots is None else call.num_slots,
+        block_m=block_m,
+        kinds=(),
+        scale_S=None,
+        constant_logits_TC2=None,
+    )
+    return ops_triton.moe_ffn_tiles_train(
+        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, _affine(call), call.activation
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute a layer.
 
     name: what `backend=` takes. about: one line for people. devices: device types it runs on, None for all.
     dtypes: of x and weights. moe_ffn: the differentiable op over a RoutingPlan, or None. infer: the layer from weights
-    and ids, where no gradient is wanted, or None for a plan and moe_ffn. most_experts: E, or None for any.
+    and ids, where no gradient is wanted, or None for a plan and moe_ffn. train: likewise where one is wanted.
+    trains_by_name: with gradients only where it is asked for by name. most_experts: E, or None for any.
     missing: the package that it needs and that is not installed.
     """
 
@@ -111,6 +131,8 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     moe_ffn: Callable[..., Tensor] | None
     infer: Callable[[Call], Tensor] | None = None
+    train: Callable[[Call], Tensor] | None = None
+    trains_by_name: bool = False
     most_experts: int | None = None
     missing: str | None = None
 
@@ -126,11 +148,13 @@ BACKENDS: dict[str, Backend] = {
     ),
     "triton": Backend(
         name="triton",
-        about="fused kernels for NVIDIA GPUs, inference",
+        about="fused kernels for NVIDIA GPUs",
         devices=("cuda",),
         dtypes=ops_triton.DTYPES,
         moe_ffn=None,
         infer=_infer_triton,
+        train=_train_triton,
+        trains_by_name=True,  # until it has trained on a GPU
         most_experts=ops_triton.MOST_SLOTS,
         missing=None if ops_triton.HAS_TRITON else "triton",
     ),
@@ -150,12 +174,13 @@ def resolve_backend(
     name: str | None = None,
     *,
     gradients: bool = False,
+    planned: bool = False,
     num_experts: int = 0,
 ) -> Backend:
     """The backend called `name`, or the first of BACKENDS that can work on `device` in `dtype`.
 
     Args:
-        gradients: it has to be differentiable, over a RoutingPlan. num_experts: E.
+        gradients: it has to be differentiable. planned: over a RoutingPlan that is there already. num_experts: E.
 
     Raises:
         ValueError: for an unknown name, or one that cannot work there, with the reason.
@@ -174,8 +199,12 @@ def resolve_backend(
             reasons.append(f"{needs} the package {backend.missing}: pip install 'zemoe[{backend.missing}]'")
         elif backend.most_experts is not None and num_experts > backend.most_experts:
             reasons.append(f"{needs} num_experts <= {backend.most_experts}, got {num_experts}")
-        elif gradients and backend.moe_ffn is None:
-            reasons.append(f"{needs} torch.no_grad() or inputs without requires_grad: it has no backward pass yet")
+        elif planned and backend.moe_ffn is None:
+            reasons.append(f"{needs} fused_experts, where it makes a plan of its own")
+        elif gradients and backend.moe_ffn is None and backend.train is None:
+            reasons.append(f"{needs} torch.no_grad() or inputs without requires_grad: it has no backward pass")
+        elif gradients and backend.trains_by_name and name is None:
+            reasons.append(f"{needs} to be asked for by name where gradients are wanted")
         else:
             return backend
     raise ValueError("; ".join(reasons))
@@ -249,7 +278,7 @@ def moe_ffn(
 
     See zemoe.ops.moe_ffn for shapes and dtypes, which are not checked here again.
     """
-    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=True)
+    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=True, planned=True)
     assert chosen.moe_ffn is not None
     return chosen.moe_ffn(
         x_TH, topk_weights_TK, plan.row_token_N, plan.slot_row_MK, plan.expert_offsets, w13, w2, *affine, activation
@@ -322,8 +351,9 @@ def fused_experts(
     ops.refuse_tangents(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
-    if chosen.infer is not None and not trained:
-        return chosen.infer(call).view(hidden_states.shape)
+    whole = chosen.train if trained else chosen.infer
+    if whole is not None:
+        return whole(call).view(hidden_states.shape)
     plan = make_plan(topk_ids, num_experts, num_slots)
     y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, _affine(call), activation=activation, backend=chosen.name)
     return y_TH.view(hidden_states.shape)

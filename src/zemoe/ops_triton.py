@@ -1,6 +1,7 @@
-"""The operators of the `triton` backend: on CUDA devices only, without gradients. A call imports its kernels.
+"""The operators of the `triton` backend, on CUDA devices only. A call imports its kernels.
 
-T tokens, H hidden size, E FFN experts, A slots, K choices, N = T * K row bound, P tile bound, C constant experts.
+T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, N = T * K row bound, P tile bound,
+C constant experts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels.triton import tiles as tile_sizes
-from .ops import define
+from .ops import define, without_autocast
 
 HAS_TRITON = find_spec("triton") is not None
 MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts and prepare can hold
@@ -21,6 +22,7 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 DTYPES = (torch.bfloat16, torch.float16)
 
 rows_per_tile = tile_sizes.rows_per_tile
+training_rows_per_tile = tile_sizes.training_rows_per_tile
 
 
 def can_run(*tensors: Tensor | None) -> bool:
@@ -263,3 +265,136 @@ def moe_ffn_tiles(
     plan: the first four of what `prepare` made with the same block_m.
     """
     return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation)
+
+
+# --- moe_ffn_tiles_train: the same, differentiable, in one op
+
+_TRAINED = (
+    "Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor tiles, int block_m, "
+    "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value"
+)
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+define(f"moe_ffn_tiles_train({_TRAINED}, str activation, bool save_preact) -> (Tensor, Tensor)")
+define(f"moe_ffn_tiles_backward(Tensor grad, {_TRAINED}, Tensor preact, str activation, bool[7] needs) -> {_SEVEN}")
+define(
+    f"moe_ffn_tiles_backward_(Tensor grad, {_TRAINED}, Tensor(a!) preact, str activation, bool[7] needs) -> {_SEVEN}"
+)
+
+
+@_implements("moe_ffn_tiles_train")
+def _moe_ffn_tiles_train_cuda(
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation, save_preact
+) -> tuple[Tensor, Tensor]:
+    from .kernels.triton.forward import moe_ffn
+
+    T, K = slot_row.shape
+    how = tile_sizes.schedule(block_m, T, K, w13, w2)
+    preact = x.new_empty((len(row_token) if save_preact else 0, w13.shape[1]))
+    saved = preact if save_preact else None
+    plan, affine = (row_token, slot_row, offsets, tiles), (alpha, beta, value)
+    return moe_ffn(x, weights, *plan, w13, w2, affine, activation, how, saved), preact
+
+
+@torch.library.register_fake("zemoe::moe_ffn_tiles_train")
+def _moe_ffn_tiles_train_fake(
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation, save_preact
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
+
+
+def _gradients(
+    overwrite, grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact,
+    activation, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from .kernels.triton.backward import moe_ffn_backward
+
+    plan = row_token, slot_row, offsets, tiles[-1]
+    how = tile_sizes.backward_schedule(block_m, w13, w2)
+    grad = _with_rows(grad)
+    found = moe_ffn_backward(
+        grad, _with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,
+        overwrite=overwrite,
+    )  # fmt: skip
+    dbeta = dvalue = None
+    if beta is not None and value is not None:
+        with without_autocast(x.device):
+            dbeta = grad.to(beta.dtype) @ value.to(beta.dtype).T if needs[5] else None
+            dvalue = (beta.T @ grad.to(beta.dtype)).to(value.dtype) if needs[6] else None
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (*found, dbeta, dvalue))
+
+
+@_implements("moe_ffn_tiles_backward")
+def _moe_ffn_tiles_backward_cuda(grad, *args) -> tuple[Tensor, ...]:
+    return _gradients(False, grad, *args)
+
+
+@_implements("moe_ffn_tiles_backward_")
+def _moe_ffn_tiles_backward_in_place_cuda(grad, *args) -> tuple[Tensor, ...]:
+    return _gradients(True, grad, *args)
+
+
+def _moe_ffn_tiles_backward_fake(
+    grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
+    needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    inputs = (x, weights, w13, w2, alpha, beta, value)
+    return tuple(
+        tensor.new_empty(tensor.shape) if need and tensor is not None else x.new_empty(0)
+        for tensor, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, _ = inputs
+    ctx.block_m = tensors.pop(6)
+    preact = output[1]
+    ctx.mark_non_differentiable(preact)
+    ctx.save_for_backward(*tensors, preact)
+    ctx.activation = activation
+
+
+def _autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, preact = ctx.saved_tensors
+    tensors.insert(6, ctx.block_m)
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 7, 8, 9, 10, 11)]
+    # The gradient takes the place of what was saved, as long as nobody comes back for it: with retain_graph somebody
+    # may, and a graph that torch.compile makes of this knows by itself when memory is free.
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
+    kept = keeps() or torch.compiler.is_compiling()
+    backward = torch.ops.zemoe.moe_ffn_tiles_backward if kept else torch.ops.zemoe.moe_ffn_tiles_backward_
+    found = backward(grad, *tensors, preact, ctx.activation, wanted)
+    dx, dweights, dw13, dw2, dalpha, dbeta, dvalue = (
+        gradient if need else None for gradient, need in zip(found, wanted, strict=True)
+    )
+    return dx, dweights, None, None, None, None, None, dw13, dw2, dalpha, dbeta, dvalue, None, None
+
+
+def _no_second_derivative(ctx, *grads: Tensor) -> None:
+    raise RuntimeError("moe_ffn_tiles has no second derivative, its backward is written out; use backend='torch'")
+
+
+torch.library.register_autograd("zemoe::moe_ffn_tiles_train", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("zemoe::moe_ffn_tiles_backward", _no_second_derivative)
+for _name in ("zemoe::moe_ffn_tiles_backward", "zemoe::moe_ffn_tiles_backward_"):
+    torch.library.register_fake(_name, _moe_ffn_tiles_backward_fake)
+
+
+def moe_ffn_tiles_train(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    plan: Sequence[Tensor],
+    block_m: int,
+    w13: Tensor,
+    w2: Tensor,
+    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    activation: str,
+) -> Tensor:
+    """moe_ffn_tiles, differentiable in all float arguments; block_m: what training_rows_per_tile returns.
+
+    Beside its arguments it keeps what gate and up yield, [T * K, 2I] in the dtype of x, and only where the gradient of
+    x, weights, w13 or w2 is wanted.
+    """
+    save_preact = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, weights_TK, w13, w2))
+    return torch.ops.zemoe.moe_ffn_tiles_train(
+        x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation, save_preact
+    )[0]

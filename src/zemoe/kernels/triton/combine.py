@@ -1,6 +1,6 @@
-"""The sum over each token's rows in the order of its choices, and the affine terms, in one pass.
+"""The sum over each token's rows in the order of its choices, and the affine terms, in one pass; and its gradients.
 
-T tokens, H hidden size, K choices, C constant experts, N row bound.
+T tokens, H hidden size, K choices, C constant experts, N row bound, B blocks of an expert's width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import begin, launch_options
-from .tiles import cdiv
+from .tiles import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -96,3 +96,102 @@ def combine(
         **launch_options(x_TH),
     )
     return out_TH
+
+
+@triton.jit
+def _grad_tokens(
+    rows,
+    slot_row,
+    partial,
+    dout,
+    x,
+    alpha,
+    dx,
+    dweights,
+    dalpha,
+    stride_dout,
+    stride_x,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    WANT_X: tl.constexpr,
+    WANT_WEIGHTS: tl.constexpr,
+    WANT_ALPHA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Of one token: the sum over its rows in the order of the choices and alpha * dout, <dout, x>, and all its ds."""
+    begin(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    if WANT_WEIGHTS:
+        k = tl.arange(0, BLOCK_K)
+        b = tl.arange(0, BLOCK_B)
+        row_K = tl.load(slot_row + token * K + k, mask=k < K, other=-1).to(tl.int64)
+        mask = (row_K >= 0)[:, None] & (b < B)[None, :]
+        partial_KB = tl.load(partial + row_K[:, None] * B + b[None, :], mask=mask, other=0.0)
+        tl.store(dweights + token * K + k, tl.sum(partial_KB, 1), mask=k < K)
+    if WANT_X or WANT_ALPHA:
+        sum_N = tl.zeros([BLOCK_H], dtype=tl.float32)
+        for start in range(0, H, BLOCK_H):
+            column_N = start + tl.arange(0, BLOCK_H)
+            in_row = column_N < H
+            dout_N = tl.load(dout + token * stride_dout + column_N, mask=in_row, other=0.0).to(tl.float32)
+            if WANT_ALPHA:
+                x_N = tl.load(x + token * stride_x + column_N, mask=in_row, other=0.0).to(tl.float32)
+                sum_N += dout_N * x_N
+            if WANT_X:
+                dx_N = tl.load(alpha + token) * dout_N
+                for choice in tl.static_range(K):
+                    row = tl.load(slot_row + token * K + choice).to(tl.int64)
+                    dx_N += tl.load(rows + row * H + column_N, mask=in_row & (row >= 0), other=0.0).to(tl.float32)
+                tl.store(dx + token * H + column_N, dx_N.to(dx.dtype.element_ty), mask=in_row)
+        if WANT_ALPHA:
+            tl.store(dalpha + token, tl.sum(sum_N, 0))
+
+
+def grad_tokens(
+    rows_NH: Tensor | None,
+    slot_row_TK: Tensor,
+    partial_NB: Tensor | None,
+    dout_TH: Tensor,
+    x_TH: Tensor,
+    alpha_T: Tensor,
+    block_h: int,
+    *,
+    want_x: bool,
+    want_alpha: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx [T, H], dweights [T, K], dalpha [T]), each None where it is not wanted: dweights without a partial_NB."""
+    (T, H), K = x_TH.shape, slot_row_TK.shape[1]
+    blocks = 0 if partial_NB is None else partial_NB.shape[1]
+    dx_TH = torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device) if want_x else None
+    dweights_TK = None if partial_NB is None else alpha_T.new_empty((T, K))
+    dalpha_T = alpha_T.new_empty(T) if want_alpha else None
+    unused = alpha_T
+    _grad_tokens[(T,)](
+        unused if rows_NH is None else rows_NH,
+        slot_row_TK,
+        unused if partial_NB is None else partial_NB,
+        dout_TH,
+        x_TH,
+        alpha_T,
+        unused if dx_TH is None else dx_TH,
+        unused if dweights_TK is None else dweights_TK,
+        unused if dalpha_T is None else dalpha_T,
+        dout_TH.stride(0),
+        x_TH.stride(0),
+        H,
+        K,
+        blocks,
+        want_x,
+        partial_NB is not None,
+        want_alpha,
+        next_power_of_2(K),
+        next_power_of_2(blocks),
+        block_h,
+        num_warps=max(1, min(8, block_h // 512)),
+        **launch_options(x_TH),
+    )
+    return dx_TH, dweights_TK, dalpha_T

@@ -30,7 +30,7 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(matrix, row, k, width, rows_left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+def rows_of(matrix, row, k, width, rows_left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """[BLOCK_N, BLOCK_K] of a matrix with contiguous rows; of rows from rows_left on nobody uses the values."""
     if TMA:
         return matrix.load([row, k])
@@ -56,7 +56,7 @@ def _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def _tokens_of(x, row_token, row_M, end, stride_x):
+def tokens_of(x, row_token, row_M, end, stride_x):
     """Where in x the tokens of rows begin, and which of the rows come before `end`."""
     in_expert_M = row_M < end
     token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
@@ -64,7 +64,7 @@ def _tokens_of(x, row_token, row_M, end, stride_x):
 
 
 @triton.jit
-def _gather(x_M, in_expert_M, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
+def gather(x_M, in_expert_M, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
     """[M, BLOCK_K] of the tokens that x_M points to, from column k on."""
     columns = k + tl.arange(0, BLOCK_K)
     mask = in_expert_M[:, None]
@@ -74,8 +74,13 @@ def _gather(x_M, in_expert_M, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _store_activated(acc, inner, row_M, in_expert_M, column, I, ACTIVATION: tl.constexpr):
-    """Gate and up sums, [M, 2 n], to act(gate) * up in columns column to column + n of rows row_M."""
+def _store_activated(
+    acc, inner, preact, row_M, in_expert_M, column, I, ACTIVATION: tl.constexpr, SAVE_PREACT: tl.constexpr
+):
+    """Gate and up sums, [M, 2 n], to act(gate) * up in columns column to column + n of rows row_M.
+
+    SAVE_PREACT: the sums themselves as well, gates in the first I columns of `preact` and ups in the next.
+    """
     M: tl.constexpr = acc.shape[0]
     n: tl.constexpr = acc.shape[1] // 2
     gate, up = acc.reshape([M, 2, n]).permute(0, 2, 1).split()
@@ -83,6 +88,10 @@ def _store_activated(acc, inner, row_M, in_expert_M, column, I, ACTIVATION: tl.c
     column_N = column + tl.arange(0, n)
     mask = in_expert_M[:, None] & (column_N < I)[None, :]
     tl.store(inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :], out, mask=mask)
+    if SAVE_PREACT:
+        at = preact + row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
+        tl.store(at, gate.to(preact.dtype.element_ty), mask=mask)
+        tl.store(at + I, up.to(preact.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
@@ -93,10 +102,12 @@ def _gate_up(
     tiles,
     w13,
     inner,
+    preact,
     stride_x,
     H: tl.constexpr,
     I: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SAVE_PREACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MORE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,25 +125,25 @@ def _gate_up(
         first_row = tl.load(tile + 1)
         end = tl.load(offsets + expert + 1)
         row_M = first_row + tl.arange(0, BLOCK_M)
-        x_M, in_expert_M = _tokens_of(x, row_token, row_M, end, stride_x)
+        x_M, in_expert_M = tokens_of(x, row_token, row_M, end, stride_x)
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], dtype=tl.float32)
         if MORE_M > 0 and end - first_row > BLOCK_M:
             row_L = first_row + BLOCK_M + tl.arange(0, MORE_M)
-            x_L, in_expert_L = _tokens_of(x, row_token, row_L, end, stride_x)
+            x_L, in_expert_L = tokens_of(x, row_token, row_L, end, stride_x)
             acc_L = tl.zeros([MORE_M, 2 * BLOCK_N], dtype=tl.float32)
             for k in range(0, H, BLOCK_K):
-                x_MK = _gather(x_M, in_expert_M, k, H, BLOCK_K)
-                x_LK = _gather(x_L, in_expert_L, k, H, BLOCK_K)
+                x_MK = gather(x_M, in_expert_M, k, H, BLOCK_K)
+                x_LK = gather(x_L, in_expert_L, k, H, BLOCK_K)
                 w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
                 acc = tl.dot(x_MK, w_NK.T, acc)
                 acc_L = tl.dot(x_LK, w_NK.T, acc_L)
-            _store_activated(acc_L, inner, row_L, in_expert_L, column, I, ACTIVATION)
+            _store_activated(acc_L, inner, preact, row_L, in_expert_L, column, I, ACTIVATION, SAVE_PREACT)
         else:
             for k in range(0, H, BLOCK_K):
-                x_MK = _gather(x_M, in_expert_M, k, H, BLOCK_K)
+                x_MK = gather(x_M, in_expert_M, k, H, BLOCK_K)
                 w_NK = _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N, BLOCK_K, TMA)
                 acc = tl.dot(x_MK, w_NK.T, acc)
-        _store_activated(acc, inner, row_M, in_expert_M, column, I, ACTIVATION)
+        _store_activated(acc, inner, preact, row_M, in_expert_M, column, I, ACTIVATION, SAVE_PREACT)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
@@ -163,8 +174,8 @@ def _down(
         first_row = tl.load(tile + 1)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, I, BLOCK_K):
-            a = _rows_of(inner, first_row, k, I, N - first_row, BLOCK_M, BLOCK_K, TMA)
-            w = _rows_of(w2, expert * H + column, k, I, H - column, BLOCK_N, BLOCK_K, TMA)
+            a = rows_of(inner, first_row, k, I, N - first_row, BLOCK_M, BLOCK_K, TMA)
+            w = rows_of(w2, expert * H + column, k, I, H - column, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, w.T, acc)
         row_M = first_row + tl.arange(0, BLOCK_M)
         column_N = column + tl.arange(0, BLOCK_N)
@@ -246,14 +257,24 @@ def _down_one(
     tl.store(out + column_N, y_N.to(out.dtype.element_ty), mask=in_out)
 
 
-def _descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
 def gate_up(
-    x_TH: Tensor, row_token_N: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, activation: str, how: Product
+    x_TH: Tensor,
+    row_token_N: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    w13: Tensor,
+    activation: str,
+    how: Product,
+    preact_N2I: Tensor | None = None,
 ) -> Tensor:
-    """[N, I]: the activated rows of all experts; rows of nobody are left as they were."""
+    """[N, I]: the activated rows of all experts; rows of nobody are left as they were.
+
+    preact_N2I: where to write what gate and up yield, for the backward; rows of nobody are left as they were.
+    """
     (E, two_I, H), N = w13.shape, row_token_N.shape[0]
     I = two_I // 2
     inner_NI = x_TH.new_empty((N, I))
@@ -264,12 +285,14 @@ def gate_up(
         row_token_N,
         offsets,
         tiles,
-        _descriptor(w13.view(2 * E, I, H), (2, how.block_n, how.block_k)) if how.tma else w13,
+        descriptor(w13.view(2 * E, I, H), (2, how.block_n, how.block_k)) if how.tma else w13,
         inner_NI,
+        inner_NI if preact_N2I is None else preact_N2I,
         x_TH.stride(0),
         H,
         I,
         activation,
+        preact_N2I is not None,
         block_m,
         how.block_m - block_m,
         how.block_n,
@@ -288,10 +311,10 @@ def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Prod
     out_NH = inner_NI.new_empty((N, H))
     grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(H, how.block_n)),)
     _down[grid](
-        _descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
+        descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
         offsets,
         tiles,
-        _descriptor(w2.view(-1, I), (how.block_n, how.block_k)) if how.tma else w2,
+        descriptor(w2.view(-1, I), (how.block_n, how.block_k)) if how.tma else w2,
         out_NH,
         N,
         H,
@@ -374,8 +397,12 @@ def moe_ffn(
     affine: tuple[Tensor, Tensor | None, Tensor | None],
     activation: str,
     how: Schedule,
+    preact_N2I: Tensor | None = None,
 ) -> Tensor:
-    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn."""
+    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn.
+
+    preact_N2I: as in `gate_up`, not with tiles of one row.
+    """
     if not len(x_TH):
         return x_TH.new_empty(x_TH.shape)
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
@@ -387,7 +414,8 @@ def moe_ffn(
         rows_NH = x_TH.new_zeros((N, x_TH.shape[1])) if len(w13) else x_TH
         return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     if how.block_m == 1:
+        assert preact_N2I is None
         return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, how)
-    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up)
+    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up, preact_N2I)
     out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down)
     return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)

@@ -48,6 +48,21 @@ class Schedule:
     block_h: int
 
 
+@dataclass(frozen=True)
+class Backward:
+    """How the backward of a layer runs: its four products, columns that the last launch takes at once.
+
+    preact: rows of dout times w2. w2, w13: block_m by block_n of a weight's gradient, block_k rows at a time.
+    rows: rows of dpreact times w13.
+    """
+
+    preact: Product
+    w2: Product
+    w13: Product
+    rows: Product
+    block_h: int
+
+
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
     """P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
     return min(num_experts, num_rows) + num_rows // block_m
@@ -68,6 +83,11 @@ def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
     return 192
 
 
+def training_rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
+    """rows_per_tile where a backward follows, for which one token is not a case of its own."""
+    return max(rows_per_tile(num_tokens, top_k, num_slots), 16)
+
+
 def rows_of_products(block_m: int) -> tuple[int, int]:
     """Rows of a tile of the first product and of the second, for which 192 rows are too many."""
     return block_m, min(block_m, 128)
@@ -81,13 +101,18 @@ def takes_large_tiles(device: torch.device) -> bool:
     return properties.major >= 9 and properties.shared_memory_per_block_optin >= _SHARED_MEMORY
 
 
+def _takes_descriptors(w13: Tensor, w2: Tensor) -> bool:
+    """Whether a descriptor's rows, which must be multiples of 16 bytes and start at one, are so; and the device."""
+    _, H, I = w2.shape
+    aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
+    return aligned and takes_large_tiles(w13.device)
+
+
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
     """The Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
     E, two_i, H = w13.shape
     I = two_i // 2
-    # A descriptor's rows must be multiples of 16 bytes and start at one.
-    aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
-    tma = aligned and takes_large_tiles(w13.device)
+    tma = _takes_descriptors(w13, w2)
     block_h = min(_power_of_2(H), 8192)
     if block_m == 1:
         # Dot products of single rows: many small programs read more at a time than few large ones.
@@ -116,6 +141,29 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
         processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
         down = Product(128, 256, 64, 8, 4, True, processors, True)
     return Schedule(block_m, gate_up, down, block_h)
+
+
+def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
+    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more."""
+    tma = _takes_descriptors(w13, w2)
+    block_h = min(_power_of_2(w13.shape[2]), 8192)
+    block_m = rows_of_products(block_m)[1]
+    if not tma:
+        product = Product(block_m, 64, 64, 4 if block_m < 128 else 8, 3, False)
+        weight = Product(64, 64, 64 if block_m > 16 else 32, 4, 3, False)
+        return Backward(product, weight, weight, product, block_h)
+    if block_m < 64:
+        product = Product(block_m, 64, 128, 4, 3, True)
+        weight = Product(128, 128, block_m, 8, 3, True)
+        return Backward(product, weight, weight, product, block_h)
+    if block_m == 64:
+        product = Product(64, 128, 64, 4, 3, True)
+        weight = Product(128, 128, 64, 8, 3, True)
+        return Backward(product, weight, weight, product, block_h)
+    weight = Product(128, 256, 64, 8, 3, True)
+    processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
+    rows = Product(128, 256, 64, 8, 4, True, processors, True)
+    return Backward(Product(128, 128, 64, 8, 3, True), weight, weight, rows, block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
