@@ -107,13 +107,10 @@ def select(logits, bias, dropped, renormalize, scaling, weights, ids):
     for t in range(T):
         highest = np.float32(-np.inf)
         for a in range(A):
-            if logits[t, a] > highest or logits[t, a] != logits[t, a]:
-                highest = logits[t, a]  # a NaN stays, for nothing is larger
-                if highest != highest:
-                    break
+            highest = max(highest, logits[t, a])
         total = 0.0
         for a in range(A):
-            scores[t, a] = np.exp(logits[t, a] - highest)  # infinity minus itself: NaN
+            scores[t, a] = np.exp(logits[t, a] - highest)  # NaN for NaN, and for infinity minus itself: so is the sum
             total += scores[t, a]
         for a in range(A):
             scores[t, a] /= total
