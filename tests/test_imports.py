@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "experts": {"config", "routing", "plan", "affine", "ops"},
     "parallel": {"routing", "plan"},
     "balance": {"config", "routing"},
+    "statistics": {"config", "routing", "balance"},
     "retrofit": {"config", "routing", "layer"},
     "checkpoint": set(),
     "measure": set(),
