@@ -195,8 +195,7 @@ def adamoe_balance_loss(
     """
     batch = _batch(routing, num_experts, scoring_func, mask_T)
     f_A = _frequency(routing, batch, group) / batch.top_k
-    if batch.num_slots > num_experts:
-        f_A[num_experts:] = f_A[num_experts:].mean()
+    f_A[num_experts:] = f_A[num_experts:].mean()
     return batch.num_slots * (f_A.to(batch.P_A.dtype) * batch.P_A).sum()
 
 

@@ -1,4 +1,4 @@
-"""`zemoe.retrofit_`: zero experts for trained models of transformers with Qwen3-MoE, Mixtral or DeepSeek-V3 routers.
+"""`zemoe.retrofit_`: zero experts for trained models of transformers with routers of Qwen3-MoE, Mixtral or DeepSeek-V3.
 
 Blocks change their class, they aren't replaced: hooks, names and Parameters stay (docs/transformers.md says why).
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm4
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
@@ -38,13 +39,21 @@ class ZeroExpertMixtralBlock(ZeroExpertBlock, mixtral.MixtralSparseMoeBlock):
     """Mixtral's block with zero experts."""
 
 
-class ZeroExpertDeepseekV3Block(ZeroExpertBlock, deepseek.DeepseekV3MoE):
-    """DeepSeek-V3's block with zero experts, and with the selection bias [E] that its gate has."""
+class _GateHasBias(ZeroExpertBlock):
+    """A block with the selection bias [E] that its gate has."""
 
     @property
     def e_score_correction_bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The gate's own buffer [E]."""
         return self.gate.get_buffer("e_score_correction_bias")
+
+
+class ZeroExpertDeepseekV3Block(_GateHasBias, deepseek.DeepseekV3MoE):
+    """DeepSeek-V3's block with zero experts."""
+
+
+class ZeroExpertGlm4MoeLiteBlock(_GateHasBias, glm4.Glm4MoeLiteMoE):
+    """GLM-4.7-Flash's block with zero experts; its router is DeepSeek-V3's."""
 
 
 def _qwen3_rules(block: Any) -> dict[str, Any]:
@@ -106,6 +115,13 @@ _FAMILIES = (
         ZeroExpertDeepseekV3Block,
         _deepseek_rules,
     ),
+    _Family(
+        glm4.Glm4MoeLiteMoE,
+        glm4.Glm4MoeLiteTopkRouter,
+        glm4.Glm4MoeLiteExperts,
+        ZeroExpertGlm4MoeLiteBlock,
+        _deepseek_rules,
+    ),
 )
 
 
@@ -129,7 +145,7 @@ def retrofit_(
     To load one: build or load the plain model, `retrofit_` it alike, then `load_state_dict`.
 
     Args:
-        model: with blocks of Qwen3-MoE, Mixtral or DeepSeek-V3 (`n_group` 1); dense layers stay as they are.
+        model: with blocks of Qwen3-MoE, Mixtral, DeepSeek-V3 or GLM-4.7-Flash (`n_group` 1); dense layers stay.
         num_zero_experts: Z, at least 1, in every block.
         zero_expert_type: "zero" (ZEDA) or "identity".
         top_k: K from now on; the model's own by default, so that zero choices take the place of FFN experts.
