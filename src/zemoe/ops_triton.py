@@ -358,9 +358,9 @@ def _autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors.insert(6, ctx.block_m)
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 7, 8, 9, 10, 11)]
     # The gradient takes the place of what was saved, as long as nobody comes back for it: with retain_graph somebody
-    # may, and a graph that torch.compile makes of this knows by itself when memory is free.
+    # may, and a graph that is being traced (of anything but plain tensors) knows by itself when memory is free.
     keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
-    kept = keeps() or torch.compiler.is_compiling()
+    kept = keeps() or type(preact) is not Tensor
     backward = torch.ops.zemoe.moe_ffn_tiles_backward if kept else torch.ops.zemoe.moe_ffn_tiles_backward_
     found = backward(grad, *tensors, preact, ctx.activation, wanted)
     dx, dweights, dw13, dw2, dalpha, dbeta, dvalue = (
