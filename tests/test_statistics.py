@@ -262,6 +262,19 @@ class TestExtras:
         found = gradient_ratios(a.sum(), (0 * a).sum() + b.sum(), {"a": a, "b": b})
         assert found["a"].item() == math.inf and found["b"].item() == 0
 
+    def test_a_loss_without_a_graph_is_refused(self):
+        """As under reentrant checkpointing, where a balance loss would do nothing without a word."""
+        model = Model(reentrant=True)
+        weights = {"layers.0.router": model.layers[0].router.classifier.weight}
+        with observe(model) as seen:
+            lm_loss = model(tokens(20)).square().mean()
+        balance = sum(switch_balance_loss(routing, num_experts=E) for routing in seen.values())
+        assert lm_loss.requires_grad and not balance.requires_grad
+        with pytest.raises(ValueError, match=r"balance_loss.*use_reentrant=False"):
+            gradient_ratios(balance, lm_loss, weights)
+        with pytest.raises(ValueError, match="lm_loss"):
+            gradient_ratios(lm_loss, lm_loss.detach(), weights)
+
     def test_gradient_ratios_at_the_logits(self):
         model = Model()
         with observe(model) as seen:

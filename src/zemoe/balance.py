@@ -12,6 +12,8 @@ all losses share:
   the losses are linear in P, the mean over ranks, weighed by their tokens, is the loss of the whole batch.
 - A token that `mask_T` leaves out may hold anything, NaN too. A NaN in a token that counts makes the loss NaN.
 - They take one Routing: of one micro-batch, or several of a layer joined by `merge`.
+- Activation checkpointing has to be the kind with use_reentrant=False: the other runs the forward without a graph, so
+  that a loss made of what was observed has no gradient (`loss.requires_grad` is False).
 """
 
 from __future__ import annotations

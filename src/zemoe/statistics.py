@@ -312,7 +312,16 @@ def gradient_ratios(balance_loss: Tensor, lm_loss: Tensor, parameters: Mapping[s
 
     Returns:
         Infinite where only lm_loss has no gradient, NaN where neither has.
+
+    Raises:
+        ValueError: for a loss without a graph.
     """
+    for name, loss in (("balance_loss", balance_loss), ("lm_loss", lm_loss)):
+        if not loss.requires_grad:
+            raise ValueError(
+                f"{name} must have a graph, got a tensor without; activation checkpointing with use_reentrant=True runs "
+                "the forward without one, use_reentrant=False keeps it"
+            )
     names, tensors = list(parameters), list(parameters.values())
     norms = []
     for loss in (balance_loss, lm_loss):
