@@ -95,6 +95,13 @@ class TestTally:
         assert (stats.ffn_mean, stats.max_load) == (1.75, 4 * 5 / 7)
         assert stats.zero_share == pytest.approx(4 / 11)  # the choice that was skipped is none
 
+    def test_load_and_dead_experts_are_of_ffn_experts(self):
+        """A busy zero expert and idle ones change neither."""
+        tally = RoutingTally(E)
+        tally.add({("a", 0): fixed([[7, 0, 1], [7, 1, 2], [7, 2, 3], [7, 3, 4], [7, 4, 0]])})
+        stats = tally.statistics().layers["a"]
+        assert stats.max_load == 1 and stats.dead_experts == []
+
     def test_micro_batches_are_added(self):
         """Three micro-batches, seen together or one by one, count as the whole batch does."""
         model, x = Model(), tokens(30)

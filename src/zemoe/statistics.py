@@ -319,8 +319,8 @@ def gradient_ratios(balance_loss: Tensor, lm_loss: Tensor, parameters: Mapping[s
     for name, loss in (("balance_loss", balance_loss), ("lm_loss", lm_loss)):
         if not loss.requires_grad:
             raise ValueError(
-                f"{name} must have a graph, got a tensor without; activation checkpointing with use_reentrant=True runs "
-                "the forward without one, use_reentrant=False keeps it"
+                f"{name} must have a graph, got a tensor without; activation checkpointing with use_reentrant=True "
+                "runs the forward without one, use_reentrant=False keeps it"
             )
     names, tensors = list(parameters), list(parameters.values())
     norms = []
