@@ -345,7 +345,7 @@ class Backward:
 
 
 def compile_one(job: tuple[str, Job | int | None]) -> str:
-    """Compile by running on one expert; what is wrong with the variant, or nothing. None: the layer. A number: a check."""
+    """Compile by running on one expert; what is wrong with it, or nothing. None: the whole layer. A number: a check."""
     case, variant = job
     if isinstance(variant, int):
         check(variant)
