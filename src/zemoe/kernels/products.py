@@ -20,7 +20,7 @@ _LOOP_ROWS_BFLOAT16 = 24  # rows of one expert, up to which our loops beat torch
 _MOST_SHARED_ROWS = 16  # rows of one expert, up to which experts with small weights share calls
 _SWAP_ROWS = 96  # above, the two orders of the factors take the same time
 _DIRECT_ROWS = 16
-_PANELS = 2**19  # float32 numbers of gate and up that our loops compute before the activation takes them
+_PANELS = 2**20  # float32 numbers of gate and up that our loops compute before the activation takes them
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
