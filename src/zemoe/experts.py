@@ -41,9 +41,8 @@ class Call(NamedTuple):
     activation: str
 
 
-def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(alpha_T, beta_TC, value_CH) of the zero-computation experts."""
-    alpha_T, beta_TC = affine_coefficients(
+def _coefficients(call: Call) -> tuple[Tensor, Tensor | None]:
+    return affine_coefficients(
         call.weights_TK,
         call.ids_TK,
         num_experts=call.num_experts,
@@ -51,6 +50,11 @@ def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
         params=call.params,
         constant_logits_TC2=call.constant_logits_TC2,
     )
+
+
+def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(alpha_T, beta_TC, value_CH) of the zero-computation experts."""
+    alpha_T, beta_TC = _coefficients(call)
     # The affine terms carry a lost token: NaN * x is NaN in every column, whatever was chosen.
     alpha_T = alpha_T.masked_fill(call.x_TH.detach().amax(-1).isnan(), float("nan"))
     return alpha_T, beta_TC, call.params.constant_value
@@ -96,6 +100,7 @@ def _infer_triton(call: Call) -> Tensor:
 
 
 def _train_triton(call: Call) -> Tensor:
+    """Lost tokens are found by the kernels here too."""
     T, K = call.ids_TK.shape
     slots = call.num_slots or call.num_experts
     block_m = ops_triton.training_rows_per_tile(T, K, slots)
@@ -109,8 +114,9 @@ def _train_triton(call: Call) -> Tensor:
         scale_S=None,
         constant_logits_TC2=None,
     )
+    affine = *_coefficients(call), call.params.constant_value
     return ops_triton.moe_ffn_tiles_train(
-        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, _affine(call), call.activation
+        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation
     )
 
 

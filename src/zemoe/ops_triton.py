@@ -7,6 +7,7 @@ C constant experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -289,6 +290,8 @@ def _moe_ffn_tiles_train_cuda(
 
     T, K = slot_row.shape
     how = tile_sizes.schedule(block_m, T, K, w13, w2)
+    if save_preact:
+        how = replace(how, slices=tile_sizes.training_slices(T * K, x.shape[1]))
     preact = x.new_empty((len(row_token) if save_preact else 0, w13.shape[1]))
     saved = preact if save_preact else None
     plan, affine = (row_token, slot_row, offsets, tiles), (alpha, beta, value)

@@ -49,18 +49,22 @@ def _combine(
     H: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    column_N = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = column_N < H
-    y_N = affine_terms(x + token * stride_x, alpha + token, beta + token * C, value, column_N, H, C, BLOCK_H >= H)
+    in_rows_N = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column_N = FIRST + in_rows_N
+    in_row = in_rows_N < WIDTH
+    whole: tl.constexpr = FIRST == 0 and BLOCK_H >= H
+    y_N = affine_terms(x + token * stride_x, alpha + token, beta + token * C, value, column_N, H, C, whole)
     for choice in tl.static_range(K):
         row = tl.load(slot_row + token * K + choice)
         weight = tl.load(weights + token * K + choice)
-        row_N = tl.load(rows + row.to(tl.int64) * H + column_N, mask=in_row & (row >= 0), other=0.0).to(tl.float32)
+        row_N = tl.load(rows + row.to(tl.int64) * WIDTH + in_rows_N, mask=in_row & (row >= 0), other=0.0).to(tl.float32)
         y_N += tl.where(row >= 0, weight * row_N, 0.0)
     tl.store(out + token * H + column_N, y_N.to(out.dtype.element_ty), mask=in_row)
 
@@ -74,11 +78,16 @@ def combine(
     beta_TC: Tensor | None,
     value_CH: Tensor | None,
     block_h: int,
+    into: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """out_t = sum_k weight_tk rows[slot_row_tk] + alpha_t x_t + beta_t @ value, [T, H] in x's dtype."""
-    T, H = x_TH.shape
-    out_TH = torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device)
-    _combine[(T, cdiv(H, block_h))](
+    """out_t = sum_k weight_tk rows[slot_row_tk] + alpha_t x_t + beta_t @ value, [T, H] in x's dtype.
+
+    into: out, and the first column of those that rows_NH holds.
+    """
+    (T, H), width = x_TH.shape, rows_NH.shape[1]
+    out_TH, first = into or (torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device), 0)
+    block_h = min(block_h, max(16, next_power_of_2(width)))
+    _combine[(T, cdiv(width, block_h))](
         rows_NH,
         slot_row_TK,
         weights_TK,
@@ -91,6 +100,8 @@ def combine(
         H,
         slot_row_TK.shape[1],
         0 if beta_TC is None else beta_TC.shape[1],
+        first,
+        width,
         block_h,
         num_warps=max(1, min(8, block_h // 512)),
         **launch_options(x_TH),
@@ -122,7 +133,11 @@ def _grad_tokens(
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Of one token: the sum over its rows in the order of the choices and alpha * dout, <dout, x>, and all its ds."""
+    """Of one token: the sum over its rows in the order of the choices and alpha * dout, <dout, x>, and all its ds.
+
+    `combine` turns a lost token's output into NaN by itself, as if alpha were NaN whatever it came from: so dx is NaN
+    there, and nothing reaches alpha.
+    """
     begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     if WANT_WEIGHTS:
@@ -134,21 +149,28 @@ def _grad_tokens(
         tl.store(dweights + token * K + k, tl.sum(partial_KB, 1), mask=k < K)
     if WANT_X or WANT_ALPHA:
         sum_N = tl.zeros([BLOCK_H], dtype=tl.float32)
+        lost_N = tl.zeros([BLOCK_H], dtype=tl.int32)
         for start in range(0, H, BLOCK_H):
             column_N = start + tl.arange(0, BLOCK_H)
             in_row = column_N < H
-            dout_N = tl.load(dout + token * stride_dout + column_N, mask=in_row, other=0.0).to(tl.float32)
+            x_N = tl.load(x + token * stride_x + column_N, mask=in_row, other=0.0).to(tl.float32)
+            lost_N += (x_N != x_N).to(tl.int32)
             if WANT_ALPHA:
-                x_N = tl.load(x + token * stride_x + column_N, mask=in_row, other=0.0).to(tl.float32)
-                sum_N += dout_N * x_N
-            if WANT_X:
-                dx_N = tl.load(alpha + token) * dout_N
+                sum_N += tl.load(dout + token * stride_dout + column_N, mask=in_row, other=0.0).to(tl.float32) * x_N
+        lost = tl.sum(lost_N, 0) > 0
+        if WANT_ALPHA:
+            tl.store(dalpha + token, tl.where(lost, 0.0, tl.sum(sum_N, 0)))
+        if WANT_X:
+            alpha_t = tl.where(lost, float("nan"), tl.load(alpha + token))
+            for start in range(0, H, BLOCK_H):
+                column_N = start + tl.arange(0, BLOCK_H)
+                in_row = column_N < H
+                dout_N = tl.load(dout + token * stride_dout + column_N, mask=in_row, other=0.0)
+                dx_N = alpha_t * dout_N.to(tl.float32)
                 for choice in tl.static_range(K):
                     row = tl.load(slot_row + token * K + choice).to(tl.int64)
                     dx_N += tl.load(rows + row * H + column_N, mask=in_row & (row >= 0), other=0.0).to(tl.float32)
                 tl.store(dx + token * H + column_N, dx_N.to(dx.dtype.element_ty), mask=in_row)
-        if WANT_ALPHA:
-            tl.store(dalpha + token, tl.sum(sum_N, 0))
 
 
 def grad_tokens(

@@ -6,6 +6,7 @@ BLOCK_M rows of one expert, see `plan.py`; all grids come from static bounds, an
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -156,6 +157,8 @@ def _down(
     N,
     H: tl.constexpr,
     I: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -163,9 +166,9 @@ def _down(
     FLATTEN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[n] = inner[n] times the transposed w2 of its expert."""
+    """out[n] = inner[n] times the transposed w2 of its expert, of whose H columns it holds WIDTH from FIRST on."""
     begin(OVERLAP)
-    blocks_n: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    blocks_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     work = tl.load(tiles) * blocks_n
     for index in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=FLATTEN):
         tile = tiles + 2 * (1 + index // blocks_n)
@@ -175,12 +178,12 @@ def _down(
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, I, BLOCK_K):
             a = rows_of(inner, first_row, k, I, N - first_row, BLOCK_M, BLOCK_K, TMA)
-            w = rows_of(w2, expert * H + column, k, I, H - column, BLOCK_N, BLOCK_K, TMA)
+            w = rows_of(w2, expert * H + FIRST + column, k, I, WIDTH - column, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(a, w.T, acc)
         row_M = first_row + tl.arange(0, BLOCK_M)
         column_N = column + tl.arange(0, BLOCK_N)
-        mask = (row_M < tl.load(offsets + expert + 1))[:, None] & (column_N < H)[None, :]
-        tl.store(out + row_M.to(tl.int64)[:, None] * H + column_N[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        mask = (row_M < tl.load(offsets + expert + 1))[:, None] & (column_N < WIDTH)[None, :]
+        tl.store(out + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -305,11 +308,17 @@ def gate_up(
     return inner_NI
 
 
-def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Product) -> Tensor:
-    """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were."""
+def down(
+    inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Product, columns: slice = slice(None)
+) -> Tensor:
+    """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were.
+
+    columns: those of the H that are wanted.
+    """
     (E, H, I), N = w2.shape, inner_NI.shape[0]
-    out_NH = inner_NI.new_empty((N, H))
-    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(H, how.block_n)),)
+    first, stop, _ = columns.indices(H)
+    out_NH = inner_NI.new_empty((N, stop - first))
+    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(stop - first, how.block_n)),)
     _down[grid](
         descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
         offsets,
@@ -319,6 +328,8 @@ def down(inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Prod
         N,
         H,
         I,
+        first,
+        stop - first,
         how.block_m,
         how.block_n,
         how.block_k,
@@ -409,13 +420,21 @@ def moe_ffn(
     w13, w2, weights_TK = w13.contiguous(), w2.contiguous(), weights_TK.contiguous()
     alpha_T, beta_TC, value_CH = affine
     affine = alpha_T.contiguous(), beta_TC, None if value_CH is None else value_CH.contiguous()
-    N = len(row_token_N)
+    N, H = len(row_token_N), x_TH.shape[1]
     if not w13.numel() or not N:  # no product: without experts nobody reads the rows, experts of width 0 return zeros
-        rows_NH = x_TH.new_zeros((N, x_TH.shape[1])) if len(w13) else x_TH
+        rows_NH = x_TH.new_zeros((N, H)) if len(w13) else x_TH
         return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     if how.block_m == 1:
         assert preact_N2I is None
         return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, how)
     inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up, preact_N2I)
-    out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down)
-    return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
+    if how.slices == 1:
+        out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down)
+        return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
+    out_TH = torch.empty((len(x_TH), H), dtype=x_TH.dtype, device=x_TH.device)
+    for first in range(0, H, cdiv(H, how.slices)):
+        columns = slice(first, first + cdiv(H, how.slices))
+        rows = down(inner_NI, offsets, tiles[-1], w2, how.down, columns)
+        combine(rows, slot_row_TK, weights_TK, x_TH, *affine, how.block_h, into=(out_TH, first))
+        del rows  # its memory goes to the next slice
+    return out_TH

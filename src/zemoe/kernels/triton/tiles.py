@@ -40,12 +40,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a layer runs: block_m of the plan, both products, columns a program of the sum. block_m 1: one token."""
+    """How a layer runs: block_m of the plan, both products, columns a program of the sum. block_m 1: one token.
+
+    slices: parts of H in which the rows' outputs are made and summed, one after the other in the same memory.
+    """
 
     block_m: int
     gate_up: Product
     down: Product
     block_h: int
+    slices: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,14 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
         processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
         down = Product(128, 256, 64, 8, 4, True, processors, True)
     return Schedule(block_m, gate_up, down, block_h)
+
+
+def training_slices(num_rows: int, hidden_size: int) -> int:
+    """Schedule.slices where the forward keeps [N, 2I] for the backward: with two it needs no more memory than that.
+
+    They are two launches more, so not where a slice saves less than 64 MiB.
+    """
+    return 2 if num_rows * hidden_size >= 2**26 and hidden_size % 16 == 0 else 1
 
 
 def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
