@@ -122,7 +122,7 @@ def check(case: Case, device: str, activation: str = "silu") -> None:
 
 
 # The interpreter takes seconds for these, and others here are like them.
-SLOW = ("wide", "many_rows", "many_experts", "constants", "scaled", "null", "no_zero_experts")
+SLOW = ("wide", "many_rows", "many_experts", "constants", "scaled", "null", "no_zero_experts", "one_expert", "mixed")
 
 
 @pytest.mark.parametrize(
