@@ -318,12 +318,15 @@ def test_large_layers_are_summed_in_slices(device: str, monkeypatch: pytest.Monk
         assert_bitwise(one.cpu(), two.cpu())
 
 
-def test_who_gets_gradients_from_it(device: str) -> None:
+def test_who_gets_gradients_from_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name alone, until it has trained on a GPU; and it makes its own plan."""
     assert resolve_backend(device, DTYPE, "triton", gradients=True).name == "triton"
     assert resolve_backend(device, DTYPE, gradients=True).name != "triton"
     with pytest.raises(ValueError, match="makes a plan of its own"):
         resolve_backend(device, DTYPE, "triton", gradients=True, planned=True)
+    monkeypatch.setitem(experts.BACKENDS, "triton", replace(experts.BACKENDS["triton"], train=None))
+    with pytest.raises(ValueError, match=r"torch\.no_grad\(\).* no backward pass"):
+        resolve_backend(device, DTYPE, "triton", gradients=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the operators
