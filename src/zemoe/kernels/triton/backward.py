@@ -107,6 +107,7 @@ def _store_preact_gradient(
         at = row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
         gate = tl.load(preact + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(preact + at + I, mask=mask, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # dpreact may be preact, and a thread may store what another one loads
         act, derivative = _activate_and_derive(gate, ACTIVATION)
         inner_MN = act * up
         if WANT_INNER:
