@@ -277,6 +277,24 @@ def test_checkpointing(device: str, pointers: None) -> None:
         assert_bitwise(first.cpu(), second.cpu())
 
 
+def test_autocast(device: str, pointers: None) -> None:
+    """float32 leaves, products in 16 bits, gradients in float32; the constants' own products stay in float32."""
+    case, results = replace(FEW, kinds=(("constant", 2),)), []
+    for cast in (True, False):
+        leaves, rest = leaves_of(case, device, "")
+        if cast:
+            leaves = {name: leaf.float() for name, leaf in leaves.items()}
+            rest["affine"] = rest["affine"]._replace(constant_value=leaves["constant_value"])
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        with torch.autocast(device, DTYPE, enabled=cast):
+            compute(case, leaves, rest).backward(upstream(case, device))
+        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves.values())
+        results.append([leaf.grad.to(DTYPE) for leaf in leaves.values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=ROUNDINGS, atol=ROUNDINGS)
+
+
 @pytest.mark.parametrize("where", ["x", "weight"])
 def test_lost_tokens(where: str, device: str, pointers: None) -> None:
     """NaN in the same gradients as the torch backend's, and in no other."""
