@@ -111,7 +111,7 @@ def test_the_cases_that_are_shipped(monkeypatch):
         (["--zero-share", "0.5,1.5"], "--zero-share must be numbers from 0 to 1"),
         (["--zero-share", "nan"], "--zero-share must be"),
         (["--skew", "0"], "--skew must be more than 0 and at most 1"),
-        (["--baseline", "torch,tensorflow"], "--baseline must list some of torch, eager, grouped, vllm, sonicmoe, liger"),
+        (["--baseline", "torch,tensorflow"], "--baseline must list some of torch, eager, grouped, vllm, sonicmoe"),
         (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["--device", "tpu"], "--device must be one that bench can use here (cpu"),
         (["--repeats", "0"], "--repeats must be at least 1"),
