@@ -6,12 +6,9 @@ python benchmarks/gpu_launches.py lite:1,64,4096 research:16384 --output benchma
 from __future__ import annotations
 
 import argparse
-import csv
-import subprocess
-from pathlib import Path
 
+import gpu_results
 import torch
-import triton
 from torch.profiler import ProfilerActivity, profile
 
 from zemoe.bench_layer import build, load_cases
@@ -36,17 +33,8 @@ def launches(layer: torch.nn.Module, tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", nargs="+", metavar="CASE:TOKENS,..")
-    parser.add_argument("--output", type=Path, help="folder for <device>/launches.csv")
-    parser.add_argument("--commit", help="what to write for the commit; default: what git says")
+    gpu_results.add_options(parser)
     args = parser.parse_args()
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
-    device = torch.cuda.get_device_name()
-    known = {"commit": commit, "device": device, "torch": torch.__version__, "triton": triton.__version__}
     cases, rows = load_cases(), []
     torch.manual_seed(0)
     for case, tokens in (layer.split(":") for layer in args.layers):
@@ -58,19 +46,11 @@ def main() -> None:
                 f"{case} T = {T}: {sum(spent.values()):.1f} us;", ", ".join(f"{n} {us:.1f}" for n, us in spent.items())
             )
             rows += [
-                {"case": case, "tokens": T, "launch": name, "microseconds": round(us, 2)} | known
-                for name, us in spent.items()
+                {"case": case, "tokens": T, "launch": name, "microseconds": round(us, 2)} for name, us in spent.items()
             ]
         del layer
         torch.cuda.empty_cache()
-    if args.output:
-        path = args.output / device.split(" HBM")[0].lower().replace(" ", "-") / "launches.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-        print(path)
+    gpu_results.write("launches", rows, args)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ What `zemoe.kernels.triton.tiles` would take is marked. Variants are compiled by
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import statistics
-import subprocess
 import tomllib
 from dataclasses import astuple, fields
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 
+import gpu_results
 import torch
 import triton
 
@@ -149,30 +147,17 @@ def measure(case: str, tokens: int, broken: set) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", nargs="+", metavar="CASE:TOKENS")
-    parser.add_argument("--output", type=Path, help="folder for <device>/tiles.csv")
-    parser.add_argument("--commit", help="what to write for the commit; default: what git says")
+    gpu_results.add_options(parser)
     args = parser.parse_args()
     layers = [(case, int(tokens)) for case, tokens in (layer.split(":") for layer in args.layers)]
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
     jobs = sorted({(case, *job) for case, tokens in layers for job in variants_of(case, tokens)}, key=str)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         broken = {job for job, error in zip(jobs, pool.map(compile_one, jobs, chunksize=1), strict=True) if error}
     print(f"{len(jobs)} variants compiled, {len(broken)} need more shared memory than there is")
-    known = {
-        "commit": commit,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
     rows = []
     for case, tokens in layers:
         found = measure(case, tokens, broken)
-        rows += [row | known for row in found]
+        rows += found
         for product in ("gate_up", "down"):
             ordered = sorted((row for row in found if row["product"] == product), key=lambda row: row["ms"])
             best, chosen = ordered[0], next((row for row in ordered if row["chosen"]), None)
@@ -180,14 +165,7 @@ def main() -> None:
                 f"{case} T = {tokens} {product}: best {best['ms']:.4f} ms", *list(best.values())[3:11], end="; chosen "
             )
             print(chosen and f"{chosen['ms']:.4f} ms")
-    if args.output:
-        path = args.output / torch.cuda.get_device_name().split(" HBM")[0].lower().replace(" ", "-") / "tiles.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-        print(path)
+    gpu_results.write("tiles", rows, args)
 
 
 if __name__ == "__main__":

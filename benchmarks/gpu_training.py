@@ -11,17 +11,15 @@ Gradients count as given: peak bytes are less those of x and of the parameters.
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import astuple, fields
 from functools import partial
-from pathlib import Path
 
+import gpu_results
 import torch
 import torch.nn.functional as F
 import triton
@@ -408,29 +406,13 @@ def measure_tiles(layers: list[tuple[str, int]], broken: set) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="layers,launches,tiles", help="parts, with commas")
-    parser.add_argument("--output", type=Path, help="folder for <device>/training*.csv")
-    parser.add_argument("--commit", help="what to write for the commit; default: what git says")
+    gpu_results.add_options(parser)
     args = parser.parse_args()
     parts, started = args.only.split(","), time.time()
-    commit = (
-        args.commit
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    )
-    device = torch.cuda.get_device_name()
-    known = {"commit": commit, "device": device, "torch": torch.__version__, "triton": triton.__version__}
 
     def write(name: str, rows: list[dict]) -> None:
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
-        if args.output is None or not rows:
-            return
-        path = args.output / device.split(" HBM")[0].lower().replace(" ", "-") / f"{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, (rows[0] | known).keys())
-            writer.writeheader()
-            writer.writerows(row | known for row in rows)
+        gpu_results.write(name, rows, args)
 
     large = [(case, T) for case, T in LAYERS if T == 16384]
     jobs: list[tuple[str, Job | int | None]] = [("check", index) for index in range(len(CHECKS))]
