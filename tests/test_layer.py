@@ -129,6 +129,13 @@ class TestValues:
         if dtype != torch.float64:  # there the constants' own router is a float32 product of its own
             judge(out, *(expected(layer, x, routing, d) for d in (torch.float64, dtype)))
 
+    def test_backend_is_the_one_that_was_named(self):
+        x = tokens()
+        default, torch_one, unknown = block(), block(options={"backend": "torch"}), block(options={"backend": "none"})
+        torch.testing.assert_close(torch_one(x), default(x))
+        with pytest.raises(ValueError, match="backend"):
+            unknown(x)
+
     def test_gating_residual(self):
         layer = block(options={"gating_residual": True})
         x, previous = tokens(), previous_logits()

@@ -24,6 +24,7 @@ def weighted_experts(
     config: MoEConfig,
     affine_params: AffineParams | None = None,
     constant_logits: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """[T, H]: the weighted sum of the experts that `routing` chose, by the numbers of `config`; see `fused_experts`."""
     return fused_experts(
@@ -36,6 +37,7 @@ def weighted_experts(
         zero_expert_kinds=config.zero_expert_kinds,
         affine_params=affine_params,
         activation=config.activation,
+        backend=backend,
         constant_logits=constant_logits,
     )
 
@@ -71,6 +73,7 @@ class MoE(nn.Module):
         router_bias, tied_null, gating_residual, logit_norm: see zemoe.routing.Router.
         shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
         dtype: of the expert weights; the router and the affine parameters are float32.
+        backend: a name in zemoe.experts.BACKENDS, or None for the first that works where the input is.
 
     Parameters: `w13 [E, 2I, H]`, `w2 [E, H, I]`, `router.classifier.weight`, and where there are experts of that kind
     `constant_router [C, 2, H]`, `constant_value [C, H]`, `scale [S]`. All are initialised: normal with a standard
@@ -92,11 +95,13 @@ class MoE(nn.Module):
         shared_gated: bool = False,
         dtype: torch.dtype | None = None,
         init_std: float = 0.02,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         check_kinds(config.zero_expert_kinds)
         moe_activation(config.activation)
         self.config = config
+        self.backend = backend
         self.router = Router(
             config, bias=router_bias, tied_null=tied_null, gating_residual=gating_residual, logit_norm=logit_norm
         )
@@ -210,6 +215,7 @@ class MoE(nn.Module):
             config,
             AffineParams(self.constant_router, self.constant_value, self.scale),
             None if rows is None else constant.unflatten(1, (-1, 2)),
+            self.backend,
         )
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)
