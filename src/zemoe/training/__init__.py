@@ -1,0 +1,1 @@
+"""`zemoe train`: language models with zero experts from text files."""
