@@ -126,6 +126,15 @@ def test_loss(drawn, tmp_path):
     assert lines(axes)["training"] == [(10, 1.75), (20, 1.5), (30, 1.25), (40, 1.0)]
     assert lines(axes)["held out"] == [(20, 1.625), (40, 1.75)]
     assert lines(axes)["best: 1.625 at step 20"] == [(20, 1.625)]
+    odd = [
+        records.evaluation(step, True, bits) for step, bits in ((5, math.nan), (20, 1.5), (30, -math.inf), (40, 1.5))
+    ]
+    write(
+        tmp_path,
+        [*list(records.whole())[:-1], *odd, records.evaluation(41, False, 1.0) | {"heldout_bits_per_byte": None}],
+    )
+    draw(tmp_path)
+    assert lines(drawn["loss.png"])["best: 1.5 at step 20"] == [(20, 1.5)]
 
 
 def test_layers(drawn, tmp_path):

@@ -166,12 +166,14 @@ def test_lines():
 def test_lines_of_a_run_that_is_resumed_on_several_devices_without_an_aim():
     clock = Clock()
     given = [records.run(step=20, world=2, k_e=None), records.train(30, ffn_experts_std=None, zero_share=None)]
+    given.append({"kind": "saved", "step": 30, "path": "[red]out"})
     given.append(records.end(31, reason="stopped", best_heldout_bits_per_byte=None, best_step=None))
-    first, second, third = show(LineView(open_console(io.StringIO()), clock), given, clock, 5.0).splitlines()
+    first, second, saved, last = show(LineView(open_console(io.StringIO()), clock), given, clock, 5.0).splitlines()
     assert "cpu x 2" in first and first.endswith("; goes on at step 20 of 40")
     assert "FFN experts 4.50 of 6 a token, zero share -" in second
     assert second.endswith("0:05 left"), "ten of the twenty steps that were left took five seconds"
-    assert third == "stopped at step 31 after 1:05; to go on: the same command with --resume"
+    assert saved == "step 30: saved [red]out"
+    assert last == "stopped at step 31 after 1:05; to go on: the same command with --resume"
 
 
 def test_a_record_of_no_known_kind_is_a_bug():
@@ -231,9 +233,10 @@ def rows_now(view) -> dict[str, str]:
 def test_odd_records(terminal):
     odd = records.train(10, loss=math.nan, dead_experts=3, ffn_experts=None, ffn_experts_std=None, zero_share=None)
     odd["by_layer"][1]["zero_share"] = None
-    shown = rows(show(LiveView(open_console(terminal)), [records.run(train_tokens=0), odd]))
+    written = show(LiveView(open_console(terminal)), [records.run(train_tokens=0), odd])
+    shown = rows(written)
     assert shown["loss"] == "nan  1.750 bits/byte"
-    assert shown["load"].endswith("3 dead") and shown["zero share"].startswith("- of")
+    assert "\x1b[1;31m3 dead" in written and shown["load"].endswith("3 dead") and shown["zero share"].startswith("- of")
     assert shown["by layer"] == "4   -  %"
     assert shown["FFN experts"] == "·············┃······ - of 6 a token, K_e 4"
     assert shown["tokens"].startswith("5,120 (0.00 times")

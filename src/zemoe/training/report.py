@@ -146,15 +146,13 @@ def _loss(axes: Axes, metrics: Metrics) -> None:
     if metrics.evals:
         scores = _values(metrics.evals, "heldout_bits_per_byte")
         axes.plot(_values(metrics.evals, "step"), scores, color=_OTHER, marker="o", markersize=3, label="held out")
-        best = min(metrics.evals, key=lambda record: _least(record["heldout_bits_per_byte"]))
-        label = f"best: {best['heldout_bits_per_byte']:.4g} at step {best['step']}"
-        axes.plot(best["step"], best["heldout_bits_per_byte"], "o", color=_AIM, markersize=5, label=label)
+        finite = [
+            (score, record["step"]) for score, record in zip(scores, metrics.evals, strict=True) if math.isfinite(score)
+        ]
+        for score, step in sorted(finite)[:1]:
+            axes.plot(step, score, "o", color=_AIM, markersize=5, label=f"best: {score:.4g} at step {step}")
     axes.set_ylabel("bits a byte")
     axes.set_title("loss")
-
-
-def _least(value: float | None) -> float:
-    return math.inf if value is None or math.isnan(value) else value
 
 
 def _zero_share(axes: Axes, metrics: Metrics) -> None:

@@ -142,7 +142,7 @@ class JsonView(View):
         self._file = console.file
 
     def __call__(self, record: Record) -> None:
-        self._file.write(json.dumps(_json(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(_json(record)) + "\n")
         self._file.flush()
 
 
@@ -172,8 +172,7 @@ class _Clock:
     def left(self) -> float | None:
         if self._step <= self._first:
             return None
-        whole = (self._at - self._begin) * (self._steps - self._first) / (self._step - self._first)
-        return max(whole - self.passed, 0.0)
+        return (self._at - self._begin) * (self._steps - self._first) / (self._step - self._first) - self.passed
 
 
 class LineView(View):
@@ -208,7 +207,7 @@ class LineView(View):
                 text = ending(record)
             case other:
                 raise AssertionError(f"a record of kind {other!r}")
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False)
 
 
 class LiveView(View):
