@@ -1,0 +1,259 @@
+"""Text files to rows of tokens, in an order that depends on the seed and the step alone.
+
+L tokens of context, R rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .settings import SettingsError
+
+IGNORE = -100  # a target that is not scored
+END_OF_TEXT = "<|endoftext|>"
+# Characters in a piece that is encoded by itself, and pieces that are encoded at once, in threads: the tokenizer's own
+# records of them are far larger than the text.
+_PIECE, _AT_ONCE = 250_000, 8
+
+
+def text_files(paths: tuple[str, ...]) -> list[Path]:
+    """The files that `paths` name, folders searched for *.txt, each once: as named, in a folder by name.
+
+    Raises:
+        SettingsError: for a path that isn't there, or a folder without text.
+    """
+    found: dict[Path, None] = {}
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            if not inside:
+                raise SettingsError(f"data.paths: no *.txt in the folder {path}")
+            found.update(dict.fromkeys(inside))
+        elif path.is_file():
+            found[path] = None
+        else:
+            raise SettingsError(f"data.paths: {path} does not exist")
+    return list(found)
+
+
+def read_texts(files: list[Path]) -> list[str]:
+    """Their contents; SettingsError for one that is no UTF-8 text, or if there is no text at all."""
+    texts = []
+    for path in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"data.paths: {path} is not readable as UTF-8 text ({error})") from None
+    if not any(text.strip() for text in texts):
+        raise SettingsError(f"data.paths: no text in {', '.join(map(str, files[:3]))}")
+    return texts
+
+
+def split(text: str, heldout: float) -> tuple[str, str]:
+    """The text up to about its last `heldout`, and the rest; between lines or words where there are any near."""
+    at = round(len(text) * (1 - heldout))
+    for mark in ("\n", " "):
+        found = text.find(mark, at, at + min(1000, (len(text) - at) // 2))
+        if found >= 0:
+            at = found + 1
+            break
+    return text[:at], text[at:]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    """A byte-level BPE of at most `vocab_size` tokens, with the end of a text as id 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise SettingsError(f"model.vocab_size must be at least {len(alphabet) + 1}, got {vocab_size}")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Any:
+    """A tokenizer.json, without truncation or padding; SettingsError for anything else."""
+    from tokenizers import Tokenizer
+
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ValueError("it is no tokenizer.json")
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:
+        if (
+            not isinstance(error, OSError | ValueError) and type(error) is not Exception
+        ):  # tokenizers has none of its own
+            raise
+        raise SettingsError(f"{path}: not readable as a tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """train, heldout: token streams, int32. *_bytes: of the texts that they came from. fingerprint: of both."""
+
+    train: Tensor
+    heldout: Tensor
+    train_bytes: int
+    heldout_bytes: int
+    fingerprint: str
+
+    @property
+    def train_tokens_per_byte(self) -> float:
+        return len(self.train) / max(self.train_bytes, 1)
+
+    @property
+    def heldout_tokens_per_byte(self) -> float:
+        return len(self.heldout) / max(self.heldout_bytes, 1)
+
+    def check(self, context: int, vocab_size: int) -> None:
+        """SettingsError unless there is a row to train on, a token to score, and a row of the model for each id."""
+        if (len(self.train) - 1) // context < 2:
+            raise SettingsError(
+                f"data.context={context} needs at least {2 * context + 1} tokens of training text, got "
+                f"{len(self.train)}; give more text or a shorter context"
+            )
+        if len(self.heldout) < 2:
+            raise SettingsError("data.heldout: nothing is held out; give more text or hold out more of it")
+        if (most := int(max(self.train.max(), self.heldout.max()))) >= vocab_size:
+            raise SettingsError(f"the tokenizer has ids up to {most}, the model only {vocab_size} tokens")
+
+    def heldout_batches(
+        self, rows: int, context: int, most: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets [R, L] of windows that lie beside each other, as many batches for each rank.
+
+        Of about `most` tokens: if there are more, windows are left out evenly. What fills the last ones is IGNOREd.
+        """
+        targets = self.heldout[1:].long()
+        every = -(-len(targets) // context)
+        windows = min(every, max(1, most // context))
+        filled = -(-windows // (rows * world)) * rows * world
+        chosen = torch.arange(windows) * every // windows
+        inputs_RL = torch.zeros(filled, context, dtype=torch.int64)
+        targets_RL = torch.full((filled, context), IGNORE)
+        for source, into, fill in ((self.heldout[:-1].long(), inputs_RL, 0), (targets, targets_RL, IGNORE)):
+            padded = torch.full((every * context,), fill)
+            padded[: len(source)] = source
+            into[:windows] = padded.view(every, context)[chosen]
+        batches = zip(inputs_RL.split(rows), targets_RL.split(rows), strict=True)
+        yield from (batch for i, batch in enumerate(batches) if i % world == rank)
+
+
+class Rows:
+    """The rows of all epochs, one after the other.
+
+    An epoch has every token of the text but for less than two rows once as a target. Where its rows begin and in which
+    order they come is drawn anew for each.
+    """
+
+    def __init__(self, tokens: Tensor, context: int, seed: int) -> None:
+        self.tokens, self.context, self.seed = tokens, context, seed
+        self.an_epoch = (len(tokens) - 1) // context - 1  # as many whatever the first begins with
+        self._epoch, self._starts = -1, torch.empty(0, dtype=torch.int64)
+
+    def _starts_of(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            cut = int(torch.randint(self.context, (1,), generator=generator))
+            order = torch.randperm(self.an_epoch, generator=generator)
+            self._epoch, self._starts = epoch, cut + order * self.context
+        return self._starts
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [count, L] of the rows first, first + 1, ..."""
+        starts = []
+        for epoch in range(first // self.an_epoch, (first + count - 1) // self.an_epoch + 1):
+            begin = epoch * self.an_epoch
+            starts.append(self._starts_of(epoch)[max(first - begin, 0) : max(first + count - begin, 0)])
+        at_RL = torch.cat(starts)[:, None] + torch.arange(self.context)
+        return self.tokens[at_RL].long(), self.tokens[at_RL + 1].long()
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of about _PIECE characters that end with a line."""
+    begin = 0
+    while begin < len(text):
+        newline = text.find("\n", begin + _PIECE)
+        end = len(text) if newline < 0 else newline + 1
+        yield text[begin:end]
+        begin = end
+
+
+def _encoded(tokenizer: Any, text: str, end: int | None) -> Iterator[Tensor]:
+    pieces = list(_pieces(text))
+    for first in range(0, len(pieces), _AT_ONCE):
+        for encoded in tokenizer.encode_batch(pieces[first : first + _AT_ONCE], add_special_tokens=False):
+            yield torch.tensor(encoded.ids, dtype=torch.int32)
+    if end is not None and text:
+        yield torch.tensor([end], dtype=torch.int32)
+
+
+def _fingerprint(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> str:
+    digest = hashlib.sha256(f"{heldout} {end} {tokenizer.to_str()}".encode())
+    for text in texts:
+        encoded = text.encode()
+        digest.update(f" {len(encoded)} ".encode())
+        digest.update(encoded)
+    return digest.hexdigest()
+
+
+def _read_cache(cache: Path, fingerprint: str) -> Corpus | None:
+    if not cache.is_file():
+        return None
+    try:
+        with safe_open(cache, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if about.get("fingerprint") != fingerprint:
+                return None
+            train_bytes, heldout_bytes = about["bytes"]
+            return Corpus(file.get_tensor("train"), file.get_tensor("heldout"), train_bytes, heldout_bytes, fingerprint)
+    except SafetensorError:
+        return None  # damaged: made anew
+
+
+def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, cache: Path) -> Corpus:
+    """The corpus of the texts, from `cache` where that was made of the same texts and tokenizer.
+
+    end: the id after every text, or None. The cache is written in one piece or not at all.
+    """
+    fingerprint = _fingerprint(texts, tokenizer, heldout, end)
+    if (known := _read_cache(cache, fingerprint)) is not None:
+        return known
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    sizes = [0, 0]
+    for text in texts:
+        for i, part in enumerate(split(text, heldout)):
+            parts[i].extend(_encoded(tokenizer, part, end))
+            sizes[i] += len(part.encode())
+    train, held = (torch.cat([torch.empty(0, dtype=torch.int32), *part]) for part in parts)
+    unfinished = cache.with_suffix(f".{os.getpid()}")
+    about = {"fingerprint": fingerprint, "bytes": sizes}
+    try:
+        save_file({"train": train, "heldout": held}, unfinished, {"about": json.dumps(about)})
+        unfinished.replace(cache)
+    except (OSError, SafetensorError):
+        unfinished.unlink(missing_ok=True)
+        raise
+    return Corpus(train, held, sizes[0], sizes[1], fingerprint)
