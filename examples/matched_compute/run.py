@@ -107,7 +107,8 @@ def sentence(record: dict[str, Any]) -> str:
     now, before = record["heldout"], record["heldout_as_trained"]
     step_ms = "" if record["step_ms"] is None else f", {record['step_ms']:.2f} ms a step"
     return (
-        f"{record['arm']:10} seed {record['seed']}: {now['bits_per_byte']:.4f} ({before['bits_per_byte']:.4f}) bits/byte, "
+        f"{record['arm']:10} seed {record['seed']}: "
+        f"{now['bits_per_byte']:.4f} ({before['bits_per_byte']:.4f}) bits/byte, "
         f"{now['ffn_experts']:.3f} ({before['ffn_experts']:.3f}) FFN experts a token{step_ms}"
     )
 
