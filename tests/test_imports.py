@@ -38,7 +38,7 @@ FRAMEWORKS = {"transformers", "vllm", "sglang"}
 
 def room(path: Path) -> str:
     name = path.relative_to(ROOT).with_suffix("").parts[0]
-    return "ops" if name == "ops_triton" else name  # one room in two files
+    return "ops" if name.startswith("ops_triton") else name  # one room in three files
 
 
 def imports(path: Path, *, nested: bool = True) -> set[str]:
@@ -70,7 +70,8 @@ def own_rooms(names: set[str]) -> set[str]:
     for name in names:
         parts = name.split(".")
         if parts[0] == "zemoe":
-            second = parts[1].replace("ops_triton", "ops") if len(parts) > 1 else ""
+            second = parts[1] if len(parts) > 1 else ""
+            second = "ops" if second.startswith("ops_triton") else second
             is_room = (ROOT / f"{second}.py").exists() or (ROOT / second).is_dir()
             rooms.add(second if second and is_room else "public")
     return rooms

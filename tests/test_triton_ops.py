@@ -10,7 +10,7 @@ from judge import Case, assert_bitwise, judge
 from memory import moved, pretend_hopper, strided
 
 pytest.importorskip("triton")
-from zemoe import ops_triton
+from zemoe import ops_triton, ops_triton_routing
 from zemoe.affine import AffineParams, kernel_kinds
 
 pytestmark = [
@@ -32,7 +32,7 @@ def test_bias(length: int, device: str) -> None:
     bias = torch.randn(length, generator=torch.Generator().manual_seed(1)).to(device)
 
     def select(bias: Tensor) -> tuple[Tensor, Tensor]:
-        return ops_triton._select_experts_cuda(logits, bias, 3, 8, "softmax", "none", 1.0, 0, 0, [])
+        return ops_triton_routing._select_experts_cuda(logits, bias, 3, 8, "softmax", "none", 1.0, 0, 0, [])
 
     for given, same in ((strided(bias), bias), (bias[:1].expand(length), bias[:1].repeat(length))):
         for left, right in zip(select(given), select(same), strict=True):
@@ -46,7 +46,7 @@ def test_router_of_one_column(T: int, device: str) -> None:
     x, weight = (rows.T.contiguous().T[:, :1] for rows in (x, weight))
     assert x.stride(1) == max(T, 1) and weight.stride(1) == 5
     expected = x.float() * weight[:, 0]
-    torch.testing.assert_close(ops_triton._router_logits_cuda(x, weight), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ops_triton_routing._router_logits_cuda(x, weight), expected, rtol=1e-4, atol=1e-6)
 
 
 def run(inputs, affine: AffineParams, constant_logits: Tensor, block_m: int = 16) -> Tensor:

@@ -161,7 +161,7 @@ BACKENDS: dict[str, Backend] = {
         infer=_infer_triton,
         train=_train_triton,
         trains_by_name=True,  # until it has trained on a GPU
-        most_experts=ops_triton.MOST_SLOTS,
+        most_experts=ops_triton.MOST_EXPERTS,
         missing=None if ops_triton.HAS_TRITON else "triton",
     ),
     "torch": Backend(

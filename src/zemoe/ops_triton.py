@@ -12,29 +12,26 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels.triton import tiles as tile_sizes
 from .ops import define, without_autocast
 
 HAS_TRITON = find_spec("triton") is not None
-MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts and prepare can hold
+MOST_EXPERTS = 1024  # what one program of prepare can hold
 MOST_PAIRS = 2**31 - 2**20  # T * K: kernels count rows in int32, and look a block further than the last
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 DTYPES = (torch.bfloat16, torch.float16)
 
 rows_per_tile = tile_sizes.rows_per_tile
 training_rows_per_tile = tile_sizes.training_rows_per_tile
 
 
-def can_run(*tensors: Tensor | None) -> bool:
-    """Whether these operators may take the tensors: on a CUDA device, with triton, and no gradient is asked for."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not HAS_TRITON or any(tensor.device.type != "cuda" for tensor in given):
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
+def can_run(tensor: Tensor) -> bool:
+    """Whether these operators may take the tensor: on a CUDA device, with triton, outside of forward-mode AD."""
+    return HAS_TRITON and tensor.device.type == "cuda" and forward_ad._current_level < 0
 
 
-def _implements(name: str) -> Callable[[Callable], Callable]:
+def implements(name: str) -> Callable[[Callable], Callable]:
     """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
 
     Triton launches on the current device, which need not be the one that holds the tensors, and it takes a pointer to
@@ -60,98 +57,22 @@ def _implements(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _with_rows(matrix: Tensor) -> Tensor:
+def no_second_derivative(ctx, *grads: Tensor) -> None:
+    """What the backward of a backward does."""
+    raise RuntimeError("the triton backend has no second derivative, its backward is written out; use backend='torch'")
+
+
+def with_rows(matrix: Tensor) -> Tensor:
     """The matrix, or a copy, with stride 1 along its rows; contiguous() lets a row of one element have any stride."""
     return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def _pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
+def pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
+def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
     return [number for pair in pairs for number in pair]
-
-
-# --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
-
-define("router_logits(Tensor x, Tensor weight) -> Tensor")
-
-
-@_implements("router_logits")
-def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
-    from .kernels.triton.router import router_logits
-
-    return router_logits(_with_rows(x), _with_rows(weight))
-
-
-@torch.library.register_fake("zemoe::router_logits")
-def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-
-
-def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
-    """[T, R] float32: x times the transposed float32 weight, as exact as in float32, on tensor cores."""
-    return torch.ops.zemoe.router_logits(x_TH, weight_RH)
-
-
-# --- select_experts: the weights and ids of the K best slots ---
-
-define(
-    "select_experts(Tensor logits, Tensor? bias, int k, int num_experts, str scoring, str renormalize, float scaling, "
-    "int num_expert_group, int topk_group, int[] null_ranges) -> (Tensor, Tensor)"
-)
-
-
-@_implements("select_experts")
-def _select_experts_cuda(
-    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
-) -> tuple[Tensor, Tensor]:
-    from .kernels.triton.route import select_experts
-
-    return select_experts(
-        logits,
-        k,
-        num_experts=num_experts,
-        scoring=scoring,
-        renormalize=renormalize,
-        bias=None if bias is None else bias.contiguous(),
-        scaling=scaling,
-        num_expert_group=num_expert_group or None,
-        topk_group=topk_group or None,
-        null_ranges=_pairs(null_ranges),
-    )
-
-
-@torch.library.register_fake("zemoe::select_experts")
-def _select_experts_fake(
-    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
-) -> tuple[Tensor, Tensor]:
-    T = logits.shape[0]
-    return logits.new_empty((T, k)), logits.new_empty((T, k), dtype=torch.int64)
-
-
-def select_experts(
-    logits_TA: Tensor,
-    bias: Tensor | None,
-    k: int,
-    *,
-    num_experts: int,
-    scoring: str,
-    renormalize: str,
-    scaling: float,
-    num_expert_group: int | None,
-    topk_group: int | None,
-    null_ranges: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor]:
-    """(weights [T, k] float32, ids [T, k] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
-
-    bias: float32, of the first slots. null_ranges: (first, stop) of the slots of kind zero, for "nonnull".
-    """
-    groups = num_expert_group or 0, topk_group or 0
-    return torch.ops.zemoe.select_experts(
-        logits_TA, bias, k, num_experts, scoring, renormalize, scaling, *groups, _flat(null_ranges)
-    )
 
 
 # --- prepare: the plan and the affine coefficients ---
@@ -162,7 +83,7 @@ define(
 )
 
 
-@_implements("prepare")
+@implements("prepare")
 def _prepare_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
@@ -171,7 +92,7 @@ def _prepare_cuda(
 
     if topk_ids.numel() >= MOST_PAIRS:
         raise ValueError(f"topk_ids must have fewer than {MOST_PAIRS} entries, got {tuple(topk_ids.shape)}")
-    constants = sum(count for kind, count in _pairs(kinds) if kind == CONSTANT)
+    constants = sum(count for kind, count in pairs(kinds) if kind == CONSTANT)
     needed = (len(topk_ids), constants, 2)
     if constants and (constant_logits is None or tuple(constant_logits.shape) != needed):
         got = None if constant_logits is None else tuple(constant_logits.shape)
@@ -182,7 +103,7 @@ def _prepare_cuda(
         num_experts=num_experts,
         num_slots=num_slots,
         block_m=block_m,
-        kinds=_pairs(kinds),
+        kinds=pairs(kinds),
         scale_S=None if scale is None else scale.contiguous(),
         constant_logits_TC2=None if constant_logits is None else constant_logits.float(),
     )
@@ -221,7 +142,7 @@ def prepare(
     beta is [T, 0] without constant experts.
     """
     return torch.ops.zemoe.prepare(
-        weights_TK, topk_ids_TK, num_experts, num_slots, block_m, _flat(kinds), scale_S, constant_logits_TC2
+        weights_TK, topk_ids_TK, num_experts, num_slots, block_m, flat(kinds), scale_S, constant_logits_TC2
     )
 
 
@@ -233,7 +154,7 @@ define(
 )
 
 
-@_implements("moe_ffn_tiles")
+@implements("moe_ffn_tiles")
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
@@ -282,7 +203,7 @@ define(
 )
 
 
-@_implements("moe_ffn_tiles_train")
+@implements("moe_ffn_tiles_train")
 def _moe_ffn_tiles_train_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation, save_preact
 ) -> tuple[Tensor, Tensor]:
@@ -313,9 +234,9 @@ def _gradients(
 
     plan = row_token, slot_row, offsets, tiles[-1]
     how = tile_sizes.backward_schedule(block_m, w13, w2)
-    grad = _with_rows(grad)
+    grad = with_rows(grad)
     found = moe_ffn_backward(
-        grad, _with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,
+        grad, with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,
         overwrite=overwrite,
     )  # fmt: skip
     dbeta = dvalue = None
@@ -326,12 +247,12 @@ def _gradients(
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (*found, dbeta, dvalue))
 
 
-@_implements("moe_ffn_tiles_backward")
+@implements("moe_ffn_tiles_backward")
 def _moe_ffn_tiles_backward_cuda(grad, *args) -> tuple[Tensor, ...]:
     return _gradients(False, grad, *args)
 
 
-@_implements("moe_ffn_tiles_backward_")
+@implements("moe_ffn_tiles_backward_")
 def _moe_ffn_tiles_backward_in_place_cuda(grad, *args) -> tuple[Tensor, ...]:
     return _gradients(True, grad, *args)
 
@@ -352,6 +273,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.block_m = tensors.pop(6)
     preact = output[1]
     ctx.mark_non_differentiable(preact)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros of the size of preact
     ctx.save_for_backward(*tensors, preact)
     ctx.activation = activation
 
@@ -372,12 +294,8 @@ def _autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     return dx, dweights, None, None, None, None, None, dw13, dw2, dalpha, dbeta, dvalue, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor) -> None:
-    raise RuntimeError("moe_ffn_tiles has no second derivative, its backward is written out; use backend='torch'")
-
-
 torch.library.register_autograd("zemoe::moe_ffn_tiles_train", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("zemoe::moe_ffn_tiles_backward", _no_second_derivative)
+torch.library.register_autograd("zemoe::moe_ffn_tiles_backward", no_second_derivative)
 for _name in ("zemoe::moe_ffn_tiles_backward", "zemoe::moe_ffn_tiles_backward_"):
     torch.library.register_fake(_name, _moe_ffn_tiles_backward_fake)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops, ops_triton
+from . import ops, ops_triton, ops_triton_routing
 from .config import MoEConfig, ZeroExpertKinds, check_count, check_groups, expand_kinds, renormalize_mode
 
 
@@ -172,9 +172,9 @@ def select_experts(
 
     logits_TA = logits_TA.float()
     bias = e_score_correction_bias
-    small = num_slots <= ops_triton.MOST_SLOTS and top_k <= ops_triton.MOST_CHOICES
-    if small and scoring_func in ops_triton.SCORES and ops_triton.can_run(logits_TA):
-        return ops_triton.select_experts(
+    small = num_slots <= ops_triton_routing.MOST_SLOTS and top_k <= ops_triton_routing.MOST_CHOICES
+    if small and scoring_func in ops_triton_routing.SCORES and ops_triton.can_run(logits_TA):
+        return ops_triton_routing.select_experts(
             logits_TA,
             None if bias is None else _checked_bias(bias, num_experts, num_slots),
             top_k,
@@ -206,8 +206,8 @@ def select_experts(
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
     """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast."""
-    if x_TH.dtype in ops_triton.DTYPES and weight_RH.dtype == torch.float32 and ops_triton.can_run(x_TH, weight_RH):
-        return ops_triton.router_logits(x_TH, weight_RH)
+    if x_TH.dtype in ops_triton.DTYPES and weight_RH.dtype == torch.float32 and ops_triton.can_run(x_TH):
+        return ops_triton_routing.router_logits(x_TH, weight_RH)
     with ops.without_autocast(x_TH.device):
         return F.linear(x_TH.float(), weight_RH.float())
 
@@ -292,7 +292,8 @@ class Router(nn.Module):
             weight = torch.cat([weight, extra_RH.float()])
         with ops.without_autocast(x_TH.device):
             product = router_logits(x_TH, weight)
-            logits, extra = product[:, :rows], product[:, rows:]
+            extra = product[:, rows:]
+            logits = product if extra_RH is None else product[:, :rows]
             if bias is not None:
                 logits = logits + bias.float()
             if self.logit_norm is not None:

@@ -15,10 +15,11 @@ from .tiles import Product, cdiv
 
 
 @triton.jit
-def _tokens_at(row_token, row, end, BLOCK_K: tl.constexpr):
-    """The tokens of rows row to row + BLOCK_K, 0 from `end` on; and which of the rows come before it."""
+def _tokens_at(row_token, row, end, done, BLOCK_K: tl.constexpr):
+    """The tokens of rows row to row + BLOCK_K, and which of the rows come before `end` and not before `done`."""
     row_K = row + tl.arange(0, BLOCK_K)
-    return tl.load(row_token + row_K, mask=row_K < end, other=0), row_K < end
+    in_expert_K = row_K < end
+    return tl.load(row_token + row_K, mask=in_expert_K, other=0), in_expert_K & (row_K >= done)
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def _grad_weight(
     """grad [E, HEIGHT, WIDTH]: for each expert the sum over its rows n of left_n right_n^T.
 
     One side is `rows` [N, ...], the other the row's token in `tokens` [T, ...]; TOKENS_LEFT says which. Behind an
-    expert's last row there may be a NaN, so there both sides are masked, which a descriptor can't do: whole blocks of
-    BLOCK_K rows come by descriptor, the rest by pointers.
+    expert's last row there may be a NaN, which a descriptor would read. So its last block of BLOCK_K rows ends there,
+    and rows that the block before had already meet zeros for tokens. An expert of fewer rows is read by pointers.
     """
     begin(OVERLAP)
     blocks_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -64,27 +65,28 @@ def _grad_weight(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     columns = tokens_column + tl.arange(0, tokens_block)
     in_token = (columns < tokens_width)[None, :]
-    # A step ahead, so that the loads of tokens are loads like others, which Triton overlaps with the products.
-    token_K, in_expert_K = _tokens_at(row_token, start, end, BLOCK_K)
-    masked = start
-    if TMA:
-        masked = start + (end - start) // BLOCK_K * BLOCK_K
-        for row in range(start, masked, BLOCK_K):
-            ours = rows_tma.load([row, rows_column])
-            theirs = tl.load(
-                tokens + token_K.to(tl.int64)[:, None] * stride + columns[None, :], mask=in_token, other=0.0
-            )
-            token_K, in_expert_K = _tokens_at(row_token, row + BLOCK_K, end, BLOCK_K)
+    if TMA and end - start >= BLOCK_K:
+        # A step ahead, so that the loads of tokens are loads like others, which Triton overlaps with the products.
+        token_K, new_K = _tokens_at(row_token, start, end, start, BLOCK_K)
+        for done in range(start, end, BLOCK_K):
+            ours = rows_tma.load([tl.minimum(done, end - BLOCK_K), rows_column])
+            mask = new_K[:, None] & in_token
+            theirs = tl.load(tokens + token_K.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+            next_row = tl.minimum(done + BLOCK_K, end - BLOCK_K)
+            token_K, new_K = _tokens_at(row_token, next_row, end, done + BLOCK_K, BLOCK_K)
             acc = tl.dot(theirs.T, ours, acc) if TOKENS_LEFT else tl.dot(ours.T, theirs, acc)
-    for row in tl.range(masked, end, BLOCK_K, num_stages=1 if TMA else None):
-        row_K = row + tl.arange(0, BLOCK_K)
-        ours_columns = rows_column + tl.arange(0, rows_block)
-        mask = (row_K < end)[:, None] & (ours_columns < rows_width)[None, :]
-        ours = tl.load(rows + row_K.to(tl.int64)[:, None] * rows_width + ours_columns[None, :], mask=mask, other=0.0)
-        mask = in_expert_K[:, None] & in_token
-        theirs = tl.load(tokens + token_K.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-        token_K, in_expert_K = _tokens_at(row_token, row + BLOCK_K, end, BLOCK_K)
-        acc = tl.dot(theirs.T, ours, acc) if TOKENS_LEFT else tl.dot(ours.T, theirs, acc)
+    else:
+        token_K, new_K = _tokens_at(row_token, start, end, start, BLOCK_K)
+        for row in tl.range(start, end, BLOCK_K, num_stages=1 if TMA else None):
+            row_K = row + tl.arange(0, BLOCK_K)
+            ours_columns = rows_column + tl.arange(0, rows_block)
+            mask = (row_K < end)[:, None] & (ours_columns < rows_width)[None, :]
+            at = row_K.to(tl.int64)[:, None] * rows_width + ours_columns[None, :]
+            ours = tl.load(rows + at, mask=mask, other=0.0)
+            mask = new_K[:, None] & in_token
+            theirs = tl.load(tokens + token_K.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+            token_K, new_K = _tokens_at(row_token, row + BLOCK_K, end, row + BLOCK_K, BLOCK_K)
+            acc = tl.dot(theirs.T, ours, acc) if TOKENS_LEFT else tl.dot(ours.T, theirs, acc)
     line_M = line + tl.arange(0, BLOCK_M)
     column_N = column + tl.arange(0, BLOCK_N)
     mask = (line_M < HEIGHT)[:, None] & (column_N < WIDTH)[None, :]

@@ -1,0 +1,207 @@
+"""The operators of routing on CUDA devices, differentiable: router logits, and the choice of experts. See ops_triton.
+
+T tokens, H hidden size, A slots, R rows of the router weight, E FFN experts, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import define, without_autocast
+from .ops_triton import flat, implements, no_second_derivative, pairs, with_rows
+
+MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+
+# --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
+
+define("router_logits(Tensor x, Tensor weight) -> Tensor")
+
+
+@implements("router_logits")
+def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
+    from .kernels.triton.router import router_logits
+
+    return router_logits(with_rows(x), with_rows(weight))
+
+
+@torch.library.register_fake("zemoe::router_logits")
+def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+define("router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[2] needs) -> (Tensor, Tensor)")
+
+
+def _bfloat16_parts(matrix: Tensor, count: int) -> list[Tensor]:
+    """`count` bfloat16 matrices whose sum is `matrix` to 8 * count bits."""
+    parts: list[Tensor] = []
+    rest = matrix.float()
+    for _ in range(count):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1] if len(parts) < count else rest
+    return parts
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Of bfloat16 matrices, in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+@implements("router_logits_backward")
+def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
+    R = weight.shape[0]
+    high_TR, low_TR = _bfloat16_parts(grad, 2)
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    with without_autocast(x.device):
+        if needs[0]:
+            high_RH, low_RH = _bfloat16_parts(weight, 2)
+            left = torch.cat([high_TR, low_TR, high_TR], 1)
+            dx = _product(left, torch.cat([high_RH, high_RH, low_RH])).to(x.dtype)
+        if needs[1]:
+            exact = [x] if x.dtype == torch.bfloat16 else _bfloat16_parts(x, 2)
+            both = torch.cat([high_TR, low_TR], 1).T
+            sums = _product(both, exact[0])
+            for part_TH in exact[1:]:
+                sums += _product(both, part_TH)
+            dweight = sums[:R] + sums[R:]
+    return dx, dweight
+
+
+@torch.library.register_fake("zemoe::router_logits_backward")
+def _router_logits_backward_fake(grad, x, weight, needs) -> tuple[Tensor, Tensor]:
+    return tuple(like.new_empty(like.shape if need else 0) for like, need in zip((x, weight), needs, strict=True))
+
+
+def _router_logits_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _router_logits_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad)
+    found = torch.ops.zemoe.router_logits_backward(grad, *ctx.saved_tensors, needs)
+    return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
+
+
+torch.library.register_autograd("zemoe::router_logits", _router_logits_autograd, setup_context=_router_logits_context)
+torch.library.register_autograd("zemoe::router_logits_backward", no_second_derivative)
+
+
+def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
+    """[T, R] float32: x times the transposed float32 weight, as exact as in float32, on tensor cores.
+
+    Its gradients are as exact as float32 in dweight, and in dx to more bits than x has.
+    """
+    return torch.ops.zemoe.router_logits(x_TH, weight_RH)
+
+
+# --- select_experts: the weights and ids of the K best slots ---
+
+define(
+    "select_experts(Tensor logits, Tensor? bias, int k, int num_experts, str scoring, str renormalize, float scaling, "
+    "int num_expert_group, int topk_group, int[] null_ranges) -> (Tensor, Tensor)"
+)
+
+
+@implements("select_experts")
+def _select_experts_cuda(
+    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
+) -> tuple[Tensor, Tensor]:
+    from .kernels.triton.route import select_experts
+
+    return select_experts(
+        logits,
+        k,
+        num_experts=num_experts,
+        scoring=scoring,
+        renormalize=renormalize,
+        bias=None if bias is None else bias.contiguous(),
+        scaling=scaling,
+        num_expert_group=num_expert_group or None,
+        topk_group=topk_group or None,
+        null_ranges=pairs(null_ranges),
+    )
+
+
+@torch.library.register_fake("zemoe::select_experts")
+def _select_experts_fake(
+    logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
+) -> tuple[Tensor, Tensor]:
+    T = logits.shape[0]
+    return logits.new_empty((T, k)), logits.new_empty((T, k), dtype=torch.int64)
+
+
+define(
+    "select_experts_backward(Tensor grad, Tensor logits, Tensor ids, int num_experts, str scoring, str renormalize, "
+    "float scaling, int[] null_ranges) -> Tensor"
+)
+
+
+@implements("select_experts_backward")
+def _select_experts_backward_cuda(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
+    from .kernels.triton.route_grad import grad_logits
+
+    return grad_logits(
+        grad.contiguous(),
+        logits,
+        ids,
+        num_experts=num_experts,
+        scoring=scoring,
+        renormalize=renormalize,
+        scaling=scaling,
+        null_ranges=pairs(null_ranges),
+    )
+
+
+@torch.library.register_fake("zemoe::select_experts_backward")
+def _select_experts_backward_fake(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _select_experts_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    logits, _, _, *rules, _, _, null_ranges = inputs
+    ctx.rules = *rules, null_ranges
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, output[1])
+
+
+def _select_experts_autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dlogits = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        dlogits = torch.ops.zemoe.select_experts_backward(grad, *ctx.saved_tensors, *ctx.rules)
+    return dlogits, *(None,) * 9
+
+
+torch.library.register_autograd(
+    "zemoe::select_experts", _select_experts_autograd, setup_context=_select_experts_context
+)
+torch.library.register_autograd("zemoe::select_experts_backward", no_second_derivative)
+
+
+def select_experts(
+    logits_TA: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    num_experts: int,
+    scoring: str,
+    renormalize: str,
+    scaling: float,
+    num_expert_group: int | None,
+    topk_group: int | None,
+    null_ranges: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """(weights [T, k] float32, ids [T, k] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
+
+    Weights are differentiable in the logits. bias: float32, of the first slots. null_ranges: (first, stop) of the slots
+    of kind zero, for "nonnull".
+    """
+    groups = num_expert_group or 0, topk_group or 0
+    return torch.ops.zemoe.select_experts(
+        logits_TA, bias, k, num_experts, scoring, renormalize, scaling, *groups, flat(null_ranges)
+    )
