@@ -67,12 +67,14 @@ class Settings:
     calibration: int = 100
     backend: str | None = None
 
-    def rate(self, step: int) -> float:
-        """Warm-up, then a cosine down to 5 %; the share of the peak at `step`, from 0."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
+    def cosine(self, step: int) -> float:
+        """1 until the warm-up is over, then a cosine down to 5 % at the last step: the bias controller's schedule."""
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+    def rate(self, step: int) -> float:
+        """The learning rate's schedule, from step 0: as `cosine`, with a linear warm-up."""
+        return min(1.0, (step + 1) / max(1, self.warmup)) * self.cosine(step)
 
     def slots(self, arm: Arm) -> int:
         """A."""

@@ -114,8 +114,7 @@ class Training:
         x_BL, y_BL = self.batch(step)
         self.x_BL.copy_(x_BL)
         self.y_BL.copy_(y_BL)
-        rate = self.settings.rate(step)
-        self.learning_rate.fill_(self.settings.learning_rate * rate)
+        self.learning_rate.fill_(self.settings.learning_rate * self.settings.rate(step))
         if not self.captures or step < WARM_STEPS:
             self.outputs = self.compute()
         else:
@@ -127,7 +126,7 @@ class Training:
         assert self.outputs is not None
         numbers, counts_MA = self.outputs
         self.history[step].copy_(numbers)
-        self.steer(counts_MA, self.settings.bias_rate * rate)
+        self.steer(counts_MA, self.settings.bias_rate * self.settings.cosine(step))
 
     def steer(self, counts_MA: Tensor, rate: float) -> None:
         """The LongCat controller, in every arm: for a plain one it spreads the load, with K_e = K."""
