@@ -60,8 +60,8 @@ def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs:
     with without_autocast(x.device):
         if needs[0]:
             high_RH, low_RH = _bfloat16_parts(weight, 2)
-            left = torch.cat([high_TR, low_TR, high_TR], 1)
-            dx = _product(left, torch.cat([high_RH, high_RH, low_RH])).to(x.dtype)
+            left, right = torch.cat([high_TR, low_TR, high_TR], 1), torch.cat([high_RH, high_RH, low_RH])
+            dx = left @ right if x.dtype == torch.bfloat16 else _product(left, right).to(x.dtype)
         if needs[1]:
             exact = [x] if x.dtype == torch.bfloat16 else _bfloat16_parts(x, 2)
             both = torch.cat([high_TR, low_TR], 1).T

@@ -25,10 +25,9 @@ from .launch import begin, launch_options
 from .tiles import Backward, Product, cdiv, max_tiles
 
 _SCATTERED = 1024  # choices of a program
-# Columns of the pre-activation that a program of _grad_preact turns into gradients at once. With 16 it needs no more
-# than 128 registers a thread for 128 x 128 sums, so that two programs share a multiprocessor and one multiplies while
-# the other one reads and writes; also, only then does Triton change the layout of the sums alone.
-_AT_ONCE = 16
+# Columns of the pre-activation that a program of _grad_preact turns into gradients at once: as many as fit beside
+# 128 x 256 sums.
+_AT_ONCE = 32
 
 
 @triton.jit
@@ -336,11 +335,11 @@ def moe_ffn_backward(
             want_inner=need_w2,
         )  # fmt: skip
         if inner_NI is not None:
-            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, how.w2, tokens_left=True)
+            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, how.weight, tokens_first=True)
             del inner_NI  # its memory goes to the rows
         if dpreact_N2I is not None:
             if need_w13:
-                dw13 = grad_weight(dpreact_N2I, x_TH, row_token_N, offsets, how.w13, tokens_left=False)
+                dw13 = grad_weight(dpreact_N2I, x_TH, row_token_N, offsets, how.weight, tokens_first=False)
             if need_x:
                 rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, how.rows)
     if not T:

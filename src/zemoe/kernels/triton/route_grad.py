@@ -133,8 +133,8 @@ def grad_logits(
 ) -> Tensor:
     """[T, A] float32: the gradient of the logits that `select_experts` was given, ids_TK being what it chose.
 
-    grad_TK: contiguous float32, of its weights. The rest is as there. A lost token's logits get, as in torch, NaN from softmax, and
-    from the other scores 0, but for a NaN itself.
+    grad_TK: contiguous float32, of its weights. The rest is as there. A lost token's logits get, as in torch, NaN from
+    softmax, and from the other scores 0, but for a NaN itself.
     """
     (T, A), K = logits_TA.shape, ids_TK.shape[1]
     if logits_TA.stride(1) != 1:

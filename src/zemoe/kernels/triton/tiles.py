@@ -54,15 +54,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Backward:
-    """How the backward of a layer runs: its four products, columns that the last launch takes at once.
+    """How the backward of a layer runs: its products, columns that the last launch takes at once.
 
-    preact: rows of dout times w2. w2, w13: block_m by block_n of a weight's gradient, block_k rows at a time.
+    preact: rows of dout times w2. weight: block_m by block_n of a weight's gradient, the numbers of a token by those of
+    a row, block_k rows at a time; never by descriptor.
     rows: rows of dpreact times w13.
     """
 
     preact: Product
-    w2: Product
-    w13: Product
+    weight: Product
     rows: Product
     block_h: int
 
@@ -163,19 +163,19 @@ def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
     if not tma:
         product = Product(block_m, 64, 64, 4 if block_m < 128 else 8, 3, False)
         weight = Product(64, 64, 64 if block_m > 16 else 32, 4, 3, False)
-        return Backward(product, weight, weight, product, block_h)
+        return Backward(product, weight, product, block_h)
     if block_m < 64:
         product = Product(block_m, 64, 128, 4, 3, True)
-        weight = Product(128, 128, block_m, 8, 3, True)
-        return Backward(product, weight, weight, product, block_h)
+        weight = Product(128, 128, block_m, 8, 3, False)
+        return Backward(product, weight, product, block_h)
     if block_m == 64:
         product = Product(64, 128, 64, 4, 3, True)
-        weight = Product(128, 128, 64, 8, 3, True)
-        return Backward(product, weight, weight, product, block_h)
-    weight = Product(128, 256, 64, 8, 3, True)
+        weight = Product(128, 128, 64, 8, 3, False)
+        return Backward(product, weight, product, block_h)
+    weight = Product(128, 256, 64, 8, 3, False)
     processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
     rows = Product(128, 256, 64, 8, 4, True, processors, True)
-    return Backward(Product(128, 128, 64, 8, 3, True), weight, weight, rows, block_h)
+    return Backward(Product(128, 256, 64, 8, 4, True), weight, rows, block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
