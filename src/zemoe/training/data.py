@@ -219,16 +219,18 @@ def _fingerprint(texts: list[str], tokenizer: Any, heldout: float, end: int | No
     return digest.hexdigest()
 
 
-def _read_cache(cache: Path, fingerprint: str) -> Corpus | None:
+def read_cache(cache: Path, fingerprint: str | None = None) -> Corpus | None:
+    """The corpus that `encode` wrote; None if there is none, or another one than asked for, or half of one."""
     if not cache.is_file():
         return None
     try:
         with safe_open(cache, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            if about.get("fingerprint") != fingerprint:
+            found = about.get("fingerprint")
+            if found is None or (fingerprint is not None and fingerprint != found):
                 return None
             train_bytes, heldout_bytes = about["bytes"]
-            return Corpus(file.get_tensor("train"), file.get_tensor("heldout"), train_bytes, heldout_bytes, fingerprint)
+            return Corpus(file.get_tensor("train"), file.get_tensor("heldout"), train_bytes, heldout_bytes, found)
     except SafetensorError:
         return None  # damaged: made anew
 
@@ -239,7 +241,7 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, ca
     end: the id after every text, or None. The cache is written in one piece or not at all.
     """
     fingerprint = _fingerprint(texts, tokenizer, heldout, end)
-    if (known := _read_cache(cache, fingerprint)) is not None:
+    if (known := read_cache(cache, fingerprint)) is not None:
         return known
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]

@@ -27,8 +27,12 @@ _ABOUT = "state.json"
 _HIDDEN = ".unfinished-"
 
 
-class StateError(Exception):
-    """A file that can't be written, or a state that can't be read; the message says what to do."""
+class TrainingError(Exception):
+    """What ends a run on its way; the message says what to do."""
+
+
+class StateError(TrainingError):
+    """A file that can't be written, or a state that can't be read."""
 
 
 def sync(path: Path) -> None:
@@ -40,12 +44,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """All of it or nothing, and on the disk when this returns."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_bytes(content)
     sync(unfinished)
     unfinished.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of JSON."""
+    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def remove(path: Path) -> None:

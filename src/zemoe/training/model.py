@@ -1,0 +1,153 @@
+"""The model of a run: transformers' LongCat-Flash with zemoe's layers, made anew or from a checkpoint.
+
+E FFN experts, Z zero experts, K choices, K_e FFN experts a token wanted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
+from transformers.utils import logging
+
+from ..checkpoint import check_config, read_config
+from ..integrations.transformers import applied, load_config, load_model
+from .data import END_OF_TEXT
+from .settings import ModelSettings, Settings, SettingsError
+
+_PACKAGE = Path(__file__).parent.parent
+# What else of a checkpoint folder goes into what is made of it.
+_KEPT = ("tokenizer_config.json", "generation_config.json")
+
+
+def start_folder(name: str) -> Path:
+    """The checkpoint folder called `name`; "models/tiny" is the embedded one, where there is no other."""
+    for folder in (Path(name), _PACKAGE / name):
+        if folder.is_dir():
+            return folder
+    raise SettingsError(f"model.start must be a checkpoint folder, or models/tiny, got {name!r}")
+
+
+def read_start(folder: Path) -> LongcatFlashConfig:
+    """Its config; SettingsError if there is none that makes sense."""
+    try:
+        read_config(folder)
+        return load_config(folder)
+    except ValueError as error:
+        raise SettingsError(f"model.start: {error}") from None
+
+
+def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFlashConfig:
+    """The config of a new model for the tokens of `tokenizer`; SettingsError for sizes that don't go together."""
+    sizes = {name: value for name, value in vars(model).items() if name not in ("start", "tokenizer")}
+    # For engines; transformers only hands them on.
+    published: dict[str, Any] = {"zero_expert_type": "identity", "router_dtype": "float32"}
+    published |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}
+    config = LongcatFlashConfig(
+        **(sizes | published | {"vocab_size": tokenizer.get_vocab_size()}),
+        head_dim=model.qk_rope_head_dim,
+        max_position_embeddings=context,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        pad_token_id=None,
+        tie_word_embeddings=True,
+    )
+    try:
+        check_config(dict(vars(config), model_type=config.model_type), "model")
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return config
+
+
+def wanted_ffn_experts(config: LongcatFlashConfig, wanted: float) -> float:
+    """K_e: `wanted`, or for 0 two thirds of K (all of K without zero experts); SettingsError if it can't be reached."""
+    E, Z, K = config.n_routed_experts, config.zero_expert_num or 0, config.moe_topk
+    if not Z:
+        if wanted not in (0, K):
+            raise SettingsError(f"train.ffn_experts must be 0 or K={K} without zero experts, got {wanted}")
+        return float(K)
+    least = max(K - Z, 0)
+    budget = wanted or 2 * K / 3
+    if not least < budget < K or budget > E:
+        raise SettingsError(
+            f"train.ffn_experts must be above {least} and below K={K}, and at most E={E}, got {wanted:g}"
+            + ("" if wanted else f", which stands for {budget:g} here")
+        )
+    return budget
+
+
+def end_of(config: LongcatFlashConfig) -> int | None:
+    """The id that ends a text."""
+    end: Any = config.eos_token_id
+    return (end[0] if end else None) if isinstance(end, list) else end
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def build(config: LongcatFlashConfig, seed: int, start: Path | None) -> LongcatFlashForCausalLM:
+    """A model in float32 on the CPU, in training mode; its weights drawn from `seed`, or those of the folder `start`.
+
+    Raises:
+        SettingsError: for a checkpoint that is damaged, naming file and tensor.
+    """
+    if start is not None:
+        try:
+            with _no_progress_bar():
+                return load_model(start, dtype=torch.float32).train()
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"model.start: {error}") from None
+    with torch.random.fork_rng(devices=[]), applied():
+        torch.manual_seed(seed)
+        return LongcatFlashForCausalLM(config).train()
+
+
+def checkpoint_activations(model: LongcatFlashForCausalLM) -> None:
+    """Keep what enters a layer and compute the rest again in backward; the kind that balance losses work with."""
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)  # the older one warns where there is this
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """total: all numbers that are trained. active: those that a token which uses K_e FFN experts needs."""
+
+    total: int
+    active: int
+
+
+def count_parameters(model: LongcatFlashForCausalLM, ffn_experts: float) -> Parameters:
+    """Each shared one once."""
+    config = model.config
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expert = 3 * config.hidden_size * config.expert_ffn_hidden_size
+    return Parameters(total, round(total - config.num_layers * (config.n_routed_experts - ffn_experts) * expert))
+
+
+def companions(settings: Settings, start: Path | None) -> dict[str, bytes]:
+    """{name: content} of the files that belong beside weights, config and tokenizer.json."""
+    if start is not None:
+        return {name: (start / name).read_bytes() for name in _KEPT if (start / name).is_file()}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "model_max_length": settings.data.context,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {"tokenizer_config.json": (json.dumps(about, indent=1) + "\n").encode()}
