@@ -83,7 +83,7 @@ def grad_weight(
     tokens_first: bool,
     into: Tensor | None = None,
 ) -> Tensor:
-    """For each expert the sum over its rows n of rows_n (x) tokens_(token of n): [E, O, J], with tokens_first [E, J, O].
+    """For each expert the sum over its rows n of rows_n (x) tokens_(token of n): [E, O, J]; tokens_first: [E, J, O].
 
     Summed in float32; zeros for an expert without rows. how: block_m numbers of a token by block_n of a row, block_k
     rows at a time. into: a contiguous tensor of this shape and any float dtype, to which the sum is added and which is
