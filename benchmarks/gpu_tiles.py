@@ -85,7 +85,7 @@ class Layer:
         row_token, _, offsets, tiles, *_ = plan
         if product == "gate_up":
             return gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", how)
-        return down(inner, offsets, tiles[-1], self.w2, how)
+        return down(inner, offsets, tiles[-1], self.w2, how, len(self.x))
 
 
 def compile_one(job: tuple[str, str, Product]) -> str:

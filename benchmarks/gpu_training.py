@@ -355,7 +355,7 @@ class Backward:
             )  # fmt: skip
             return out
         if name == "rows":
-            return grad_rows(self.dpreact, self.offsets, self.tiles[0], self.w13, how)
+            return grad_rows(self.dpreact, self.offsets, self.tiles[0], self.w13, how, len(self.x))
         if name == "gate_up":
             row_token, _, offsets, tiles, *_ = self.plans[how.block_m]
             out = torch.empty_like(self.preact)

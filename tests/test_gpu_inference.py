@@ -181,9 +181,10 @@ def test_more_slots_and_choices_than_its_routing_takes(E: int, Z: int, K: int) -
     judge(layer(case, on_gpu(inputs)), case.reference(inputs), case.reference(inputs, torch.bfloat16))
 
 
-def test_gradients_take_another_backend_with_the_same_values() -> None:
+def test_gradients_leave_values_as_they_are() -> None:
     assert resolve_backend("cuda", torch.bfloat16).name == "triton"
-    assert resolve_backend("cuda", torch.bfloat16, gradients=True).name == "torch"
+    assert resolve_backend("cuda", torch.bfloat16, gradients=True).name == "triton"
+    assert resolve_backend("cuda", torch.float32, gradients=True).name == "torch"
     case = BY_NAME["mixed"]
     inputs = on_gpu(case.inputs(torch.bfloat16))
     own = case.reference(case.inputs(torch.bfloat16), torch.bfloat16)

@@ -337,9 +337,10 @@ def test_large_layers_are_summed_in_slices(device: str, monkeypatch: pytest.Monk
 
 
 def test_who_gets_gradients_from_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name alone, until it has trained on a GPU; and it makes its own plan."""
+    """It makes its own plan."""
     assert resolve_backend(device, DTYPE, "triton", gradients=True).name == "triton"
-    assert resolve_backend(device, DTYPE, gradients=True).name != "triton"
+    if device == "cuda":
+        assert resolve_backend(device, DTYPE, gradients=True).name == "triton"
     with pytest.raises(ValueError, match="makes a plan of its own"):
         resolve_backend(device, DTYPE, "triton", gradients=True, planned=True)
     monkeypatch.setitem(experts.BACKENDS, "triton", replace(experts.BACKENDS["triton"], train=None))
@@ -461,7 +462,7 @@ def test_inside_fences(shape: str, device: str, monkeypatch: pytest.MonkeyPatch)
         dw2 = grad_weight(inner, dout, row_token, offsets, back.weight, tokens_first=True)
         dw13 = grad_weight(dpreact, x, row_token, offsets, back.weight, tokens_first=False)
         fence.check("grad_weight", dw2, dw13)
-        rows = grad_rows(dpreact, offsets, tile_lists[-1], w13, back.rows)
+        rows = grad_rows(dpreact, offsets, tile_lists[-1], w13, back.rows, len(x))
         fence.check("grad_rows", rows)
         untouched("grad_rows", rows)
         last = grad_tokens(

@@ -224,7 +224,7 @@ def layer(shape: Shape, inputs: Inputs, at_once: bool = False) -> Callable[[Fenc
         else:
             inner = gate_up(x, row_token, offsets, tiles[0], w13, "silu", how.gate_up)
             fence.check("gate_up", inner)
-            rows = down(inner, offsets, tiles[-1], w2, how.down)
+            rows = down(inner, offsets, tiles[-1], w2, how.down, len(x))
             fence.check("down", rows)
             out = combine(rows, slot_row, weights, x, *affine, how.block_h)
             fence.check("combine", out)

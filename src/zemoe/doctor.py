@@ -103,7 +103,7 @@ class _Layer:
 
     def by_backend(self, device: str, backend: str) -> dict[str, Tensor]:
         """Output and gradients by zemoe.fused_experts; the output alone of a backend without gradients."""
-        trained = BACKENDS[backend].moe_ffn is not None
+        trained = BACKENDS[backend].moe_ffn is not None or BACKENDS[backend].train is not None
         return self._both(device, fused_experts, {"backend": backend}, trained=trained)
 
     def _both(

@@ -127,8 +127,7 @@ class Backend:
     name: what `backend=` takes. about: one line for people. devices: device types it runs on, None for all.
     dtypes: of x and weights. moe_ffn: the differentiable op over a RoutingPlan, or None. infer: the layer from weights
     and ids, where no gradient is wanted, or None for a plan and moe_ffn. train: likewise where one is wanted.
-    trains_by_name: with gradients only where it is asked for by name. most_experts: E, or None for any.
-    missing: the package that it needs and that is not installed.
+    most_experts: E, or None for any. missing: the package that it needs and that is not installed.
     """
 
     name: str
@@ -138,7 +137,6 @@ class Backend:
     moe_ffn: Callable[..., Tensor] | None
     infer: Callable[[Call], Tensor] | None = None
     train: Callable[[Call], Tensor] | None = None
-    trains_by_name: bool = False
     most_experts: int | None = None
     missing: str | None = None
 
@@ -160,7 +158,6 @@ BACKENDS: dict[str, Backend] = {
         moe_ffn=None,
         infer=_infer_triton,
         train=_train_triton,
-        trains_by_name=True,  # until it has trained on a GPU
         most_experts=ops_triton.MOST_EXPERTS,
         missing=None if ops_triton.HAS_TRITON else "triton",
     ),
@@ -209,8 +206,6 @@ def resolve_backend(
             reasons.append(f"{needs} fused_experts, where it makes a plan of its own")
         elif gradients and backend.moe_ffn is None and backend.train is None:
             reasons.append(f"{needs} torch.no_grad() or inputs without requires_grad: it has no backward pass")
-        elif gradients and backend.trains_by_name and name is None:
-            reasons.append(f"{needs} to be asked for by name where gradients are wanted")
         else:
             return backend
     raise ValueError("; ".join(reasons))

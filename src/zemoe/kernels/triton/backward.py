@@ -209,7 +209,7 @@ def row_weights(slot_row_TK: Tensor, weights_TK: Tensor) -> Tensor:
     N = slot_row_TK.numel()
     weight_N = weights_TK.new_empty(N)
     _scatter_weights[(cdiv(N, _SCATTERED),)](
-        slot_row_TK, weights_TK, weight_N, N, _SCATTERED, num_warps=4, **launch_options(weights_TK)
+        slot_row_TK, weights_TK, weight_N, N, _SCATTERED, num_warps=4, **launch_options(weights_TK, len(weights_TK))
     )
     return weight_N
 
@@ -263,12 +263,14 @@ def grad_preact(
         how.tma,
         num_warps=how.warps,
         num_stages=how.stages,
-        **launch_options(dout_TH),
+        **launch_options(dout_TH, len(dout_TH)),
     )
     return inner_NI, partial_NB
 
 
-def grad_rows(dpreact_N2I: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, how: Product) -> Tensor:
+def grad_rows(
+    dpreact_N2I: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, how: Product, num_tokens: int
+) -> Tensor:
     """[N, H]: what each row adds to the gradient of its token; rows of nobody are left as they were."""
     (E, two_I, H), N = w13.shape, dpreact_N2I.shape[0]
     out_NH = dpreact_N2I.new_empty((N, H))
@@ -289,7 +291,7 @@ def grad_rows(dpreact_N2I: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, 
         how.flatten,
         num_warps=how.warps,
         num_stages=how.stages,
-        **launch_options(dpreact_N2I),
+        **launch_options(dpreact_N2I, num_tokens),
     )
     return out_NH
 
@@ -341,7 +343,7 @@ def moe_ffn_backward(
             if need_w13:
                 dw13 = grad_weight(dpreact_N2I, x_TH, row_token_N, offsets, how.weight, tokens_first=False)
             if need_x:
-                rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, how.rows)
+                rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, how.rows, T)
     if not T:
         return (
             torch.empty_like(x_TH) if need_x else None,

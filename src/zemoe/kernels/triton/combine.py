@@ -104,7 +104,7 @@ def combine(
         width,
         block_h,
         num_warps=max(1, min(8, block_h // 512)),
-        **launch_options(x_TH),
+        **launch_options(x_TH, T),
     )
     return out_TH
 
@@ -214,6 +214,6 @@ def grad_tokens(
         next_power_of_2(blocks),
         block_h,
         num_warps=max(1, min(8, block_h // 512)),
-        **launch_options(x_TH),
+        **launch_options(x_TH, T),
     )
     return dx_TH, dweights_TK, dalpha_T

@@ -303,17 +303,23 @@ def gate_up(
         how.tma,
         num_warps=how.warps,
         num_stages=how.stages,
-        **launch_options(x_TH),
+        **launch_options(x_TH, len(x_TH)),
     )
     return inner_NI
 
 
 def down(
-    inner_NI: Tensor, offsets: Tensor, tiles: Tensor, w2: Tensor, how: Product, columns: slice = slice(None)
+    inner_NI: Tensor,
+    offsets: Tensor,
+    tiles: Tensor,
+    w2: Tensor,
+    how: Product,
+    num_tokens: int,
+    columns: slice = slice(None),
 ) -> Tensor:
     """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were.
 
-    columns: those of the H that are wanted.
+    num_tokens: T. columns: those of the H that are wanted.
     """
     (E, H, I), N = w2.shape, inner_NI.shape[0]
     first, stop, _ = columns.indices(H)
@@ -337,7 +343,7 @@ def down(
         how.flatten,
         num_warps=how.warps,
         num_stages=how.stages,
-        **launch_options(inner_NI),
+        **launch_options(inner_NI, num_tokens),
     )
     return out_NH
 
@@ -370,7 +376,7 @@ def one_token(
         block_n,
         block_k,
         num_warps=how.gate_up.warps,
-        **launch_options(x_TH),
+        **launch_options(x_TH, len(x_TH)),
     )
     block_n, block_k = how.down.block_n, how.down.block_k
     _down_one[(cdiv(H, block_n),)](
@@ -391,7 +397,7 @@ def one_token(
         block_n,
         block_k,
         num_warps=how.down.warps,
-        **launch_options(x_TH),
+        **launch_options(x_TH, len(x_TH)),
     )
     return out_TH
 
@@ -429,12 +435,12 @@ def moe_ffn(
         return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, how)
     inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up, preact_N2I)
     if how.slices == 1:
-        out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down)
+        out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down, len(x_TH))
         return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
     out_TH = torch.empty((len(x_TH), H), dtype=x_TH.dtype, device=x_TH.device)
     for first in range(0, H, cdiv(H, how.slices)):
         columns = slice(first, first + cdiv(H, how.slices))
-        rows = down(inner_NI, offsets, tiles[-1], w2, how.down, columns)
+        rows = down(inner_NI, offsets, tiles[-1], w2, how.down, len(x_TH), columns)
         combine(rows, slot_row_TK, weights_TK, x_TH, *affine, how.block_h, into=(out_TH, first))
         del rows  # its memory goes to the next slice
     return out_TH

@@ -107,6 +107,6 @@ def grad_weight(
         how.block_k,
         num_warps=how.warps,
         num_stages=how.stages,
-        **launch_options(rows_NO),
+        **launch_options(rows_NO, len(tokens_TJ)),
     )
     return grad

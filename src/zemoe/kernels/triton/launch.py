@@ -1,7 +1,8 @@
 """Programmatic dependent launch: a kernel is set up while the one before it still runs, on NVIDIA GPUs from Hopper on.
 
 Every kernel of this folder begins with `begin` and is launched with `launch_options`. Without it a launch costs one to
-two microseconds in which the GPU does nothing, six times a layer.
+two microseconds in which the GPU does nothing, six times a layer. That is much for few tokens and nothing for many, for
+which programs that wait beside others that work cost more than they save (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+_MOST_TOKENS = 1024
 
 
 @triton.jit
@@ -30,8 +34,8 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(tensor: Tensor) -> dict[str, bool]:
+def launch_options(tensor: Tensor, num_tokens: int) -> dict[str, bool]:
     """What each launch on the device of `tensor` is given; on a CPU Triton's interpreter runs the kernels."""
-    if tensor.is_cuda and _can_overlap(tensor.device):
+    if num_tokens <= _MOST_TOKENS and tensor.is_cuda and _can_overlap(tensor.device):
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

@@ -350,7 +350,7 @@ def prepare(
             BLOCK_E=block_e,
             BLOCK_P=_TILES_OF_A_PROGRAM,
             num_warps=_COMPARING_WARPS,
-            **launch_options(topk_ids_TK),
+            **launch_options(topk_ids_TK, len(topk_ids_TK)),
         )
         return result
 
@@ -378,7 +378,7 @@ def prepare(
         BLOCK_K=block_k,
         BLOCK_E=block_e,
         num_warps=_COUNTING_WARPS,
-        **launch_options(topk_ids_TK),
+        **launch_options(topk_ids_TK, len(topk_ids_TK)),
     )
     tile_programs = min(max(_parts(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
     _place_blocks[(tile_programs + B,)](
@@ -402,6 +402,6 @@ def prepare(
         BLOCK_E=block_e,
         BLOCK_P=_TILES_AT_ONCE,
         num_warps=_PLACING_WARPS,
-        **launch_options(topk_ids_TK),
+        **launch_options(topk_ids_TK, len(topk_ids_TK)),
     )
     return result

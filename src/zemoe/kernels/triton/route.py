@@ -259,6 +259,6 @@ def select_experts(
         BLOCK_S=block_s,
         BLOCK_K=next_power_of_2(top_k),
         num_warps=max(1, block_g * block_s // _SLOTS_OF_A_WARP),
-        **launch_options(logits_TA),
+        **launch_options(logits_TA, T),
     )
     return weights_TK, ids_TK

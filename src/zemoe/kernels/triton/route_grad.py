@@ -160,6 +160,6 @@ def grad_logits(
             block_t,
             block_a,
             num_warps=4,
-            **launch_options(logits_TA),
+            **launch_options(logits_TA, T),
         )
     return out_TA

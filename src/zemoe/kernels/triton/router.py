@@ -302,7 +302,7 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
     way = way or choose_way(T, R, H, x_TH.dtype, aligned and takes_large_tiles(x_TH.device))
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
-    options = launch_options(x_TH)
+    options = launch_options(x_TH, len(x_TH))
     launch = {"num_warps": way.warps, "num_stages": way.stages, **options}
     strides = (x_TH.stride(0), weight_RH.stride(0))
     tiles_t, tiles_r = cdiv(T, way.block_t), cdiv(R, way.block_r)
@@ -335,5 +335,5 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Te
     if S == 1:
         return partial_STR[0]
     out_TR = partial_STR.new_empty((T, R))
-    _sum_slices[(cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2, **launch_options(out_TR))
+    _sum_slices[(cdiv(T * R, 256),)](partial_STR, out_TR, T * R, S, BLOCK=256, num_warps=2, **launch_options(out_TR, T))
     return out_TR
