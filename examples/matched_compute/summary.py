@@ -33,6 +33,8 @@ PAIRS = [(name, arm.plain) for name, arm in ARMS.items() if arm.zero] + [
     ("moepp4", "identity4"),
 ]
 PAIRS += [("plain3", "plain4"), ("plain5", "plain4")]
+AVERAGED = "bits_per_byte", "ffn_experts", "ffn_std", "bits_per_byte_as_trained", "ffn_experts_as_trained"
+AVERAGED += "ffn_experts_in_training", "step_ms"
 RESAMPLES = 10_000
 
 Rows = list[dict[str, Any]]
@@ -62,6 +64,7 @@ def run_rows(runs: Rows) -> Rows:
             "ffn_std": run["heldout"]["ffn_std"],
             "bits_per_byte_as_trained": run["heldout_as_trained"]["bits_per_byte"],
             "ffn_experts_as_trained": run["heldout_as_trained"]["ffn_experts"],
+            "ffn_experts_in_training": float(np.mean(run["curve"]["ffn_by_layer"])),
             "train_bits_per_token": run["curve"]["loss"][-1] / math.log(2),
             "step_ms": run["step_ms"],
             "max_over_mean_load": max(run["heldout"]["max_over_mean_load_by_layer"]),
@@ -86,14 +89,7 @@ def arm_rows(runs: Rows) -> Rows:
         if not mine:
             continue
         row: dict[str, Any] = {"arm": name, "label": arm.label, "seeds": len(mine)}
-        for key in (
-            "bits_per_byte",
-            "ffn_experts",
-            "ffn_std",
-            "bits_per_byte_as_trained",
-            "ffn_experts_as_trained",
-            "step_ms",
-        ):
+        for key in AVERAGED:
             row[key], row[f"{key}_ci95"] = interval([run[key] for run in mine])
         row["parameters"], row["dead_experts"] = mine[0]["parameters"], sum(run["dead_experts"] for run in mine)
         row["max_over_mean_load"] = max(run["max_over_mean_load"] for run in mine)
@@ -230,6 +226,7 @@ def result_table(runs: Rows) -> str:
         "FFN experts a token",
         "std over tokens",
         "before calibration",
+        "FFN experts, all of training",
         "ms a step",
     ]
     rows = [
@@ -240,6 +237,7 @@ def result_table(runs: Rows) -> str:
             f"{row['ffn_experts']:.3f}",
             f"{row['ffn_std']:.2f}",
             f"{row['bits_per_byte_as_trained']:.4f} at {row['ffn_experts_as_trained']:.3f}",
+            f"{row['ffn_experts_in_training']:.3f}",
             plus_minus(row["step_ms"], row["step_ms_ci95"], 2),
         ]
         for row in arm_rows(runs)
@@ -305,9 +303,10 @@ def about(runs: Rows) -> str:
     first, versions = runs[0], runs[0]["versions"]
     minutes, settings = sum(run["seconds"] for run in runs) / 60, first["settings"]
     seeds = len({run["seed"] for run in runs})
+    device, backend = first["device"], settings["backend"] or "default"
     return (
-        f"{len(runs)} runs ({seeds} seeds) in **{minutes:.1f} minutes** of one {first['device']}, torch "
-        f"{versions['torch']}, backend `{settings['backend'] or 'default'}`; {settings['steps']:,} steps and {first['tokens_seen']:,} tokens a run "
+        f"{len(runs)} runs ({seeds} seeds) in **{minutes:.1f} minutes** of one {device}, torch {versions['torch']}, "
+        f"backend `{backend}`; {settings['steps']:,} steps and {first['tokens_seen']:,} tokens a run "
         f"({first['epochs']:.2f} epochs), {first['parameters']:,} parameters in {ARMS[first['arm']].label}."
     )
 
