@@ -54,7 +54,7 @@ def test_help():
     shown = runner.invoke(app(), ["--help"])
     assert shown.exit_code == 0
     commands = re.findall(r"^│ (\w+) {2}", shown.output, re.M)
-    assert commands == ["generate", "doctor", "bench"]
+    assert commands == ["generate", "doctor", "bench", "train", "report"]
     shown = runner.invoke(app(), ["generate", "--help"], env={"COLUMNS": "100"})
     assert shown.exit_code == 0
     options = "prompt style max-new-tokens temperature top-p seed model backend device dtype json"

@@ -167,7 +167,7 @@ def test_lines_of_a_run_that_is_resumed_on_several_devices_without_an_aim():
     clock = Clock()
     given = [records.run(step=20, world=2, k_e=None), records.train(30, ffn_experts_std=None, zero_share=None)]
     given.append({"kind": "saved", "step": 30, "path": "[red]out"})
-    given.append(records.end(31, reason="stopped", best_heldout_bits_per_byte=None, best_step=None))
+    given.append(records.end(31, reason="stopped", best_heldout_bits_per_byte=None, best_step=None, export=None))
     first, second, saved, last = show(LineView(open_console(io.StringIO()), clock), given, clock, 5.0).splitlines()
     assert "cpu x 2" in first and first.endswith("; goes on at step 20 of 40")
     assert "FFN experts 4.50 of 6 a token, zero share -" in second

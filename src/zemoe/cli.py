@@ -215,6 +215,73 @@ def app() -> "typer.Typer":
                 _print_json(result)
         raise typer.Exit(code)
 
+    asked, running = partial(typer.Option, rich_help_panel="Run"), partial(typer.Option, rich_help_panel="How")
+
+    @cli.command(epilog="Example: zemoe train --from models/tiny --data my.txt --out runs/mine")
+    def train(
+        data: Annotated[
+            list[str] | None, asked(help="A text file, or a folder of *.txt; several with several --data.")
+        ] = None,
+        start: Annotated[
+            str | None,
+            asked(
+                "--from",
+                help="A LongCat-Flash checkpoint folder; models/tiny is the embedded one.",
+                show_default="a new model",
+            ),
+        ] = None,
+        out: Annotated[str | None, asked(help="The run's folder.", show_default="runs/zemoe")] = None,
+        config: Annotated[Path | None, asked(help="A TOML file of settings.", show_default="none")] = None,
+        changes: Annotated[
+            list[str] | None, asked("--set", metavar="SECTION.KEY=VALUE", help="A setting, above those of the file.")
+        ] = None,
+        resume: Annotated[
+            bool,
+            running("--resume", help="Go on from the last state; with --out alone, with the settings found there."),
+        ] = False,
+        dry_run: Annotated[
+            bool, running("--dry-run", help="Print all settings, sizes and needs, and train nothing.")
+        ] = False,
+        as_json: Annotated[
+            bool, running("--json", help="Print what happens as JSON lines on stdout, and nothing else there.")
+        ] = False,
+    ) -> None:
+        """Train a zero-expert language model on text files; under torchrun, on several devices."""
+        from .terminal import open_console
+        from .training import command
+
+        request = command.TrainRequest(
+            config=config,
+            start=start,
+            data=tuple(data or ()),
+            out=out,
+            overrides=tuple(changes or ()),
+            resume=resume,
+        )
+        with _one_line_errors():
+            if dry_run:
+                planned = command.dry_run(request, open_console(sys.stderr if as_json else sys.stdout))
+                if as_json:
+                    _print_json(planned)
+                raise typer.Exit
+            raise typer.Exit(command.run(request, open_console(sys.stdout), as_json))
+
+    @cli.command()
+    def report(
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that zemoe train wrote.")],
+        as_json: Annotated[
+            bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")
+        ] = False,
+    ) -> None:
+        """Draw a training run into RUN/plots, and say how it went; needs the extra `report`."""
+        from .terminal import open_console
+        from .training import command
+
+        with _one_line_errors():
+            result = command.report(run, open_console(sys.stderr if as_json else sys.stdout))
+        if as_json:
+            _print_json(result)
+
     return cli
 
 

@@ -32,10 +32,10 @@ _BY_LAYER = 32  # layers of which each has its number; of more, the range is tol
 
 
 class View(AbstractContextManager["View"]):
-    """Called with each record of a run, as zemoe.training.run.train describes them."""
+    """Called with each record of a run, as zemoe.training.run.train describes them. This one shows nothing."""
 
     def __call__(self, record: Record) -> None:
-        raise NotImplementedError
+        return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -120,16 +120,23 @@ def _held_out(record: Record) -> str:
     return f"{number(record['heldout_bits_per_byte'])} bits/byte, loss {number(record['heldout_loss'])}"
 
 
+def training_line(record: Record, run: Record) -> str:
+    """One line of a "train" record."""
+    return (
+        f"step {record['step']} of {run['steps']}: loss {number(record['loss'])}, {number(record['bits_per_byte'])} "
+        f"bits/byte, FFN experts {_experts(record, run)}, zero share {_share(record['zero_share'])}, "
+        f"learning rate {number(record['learning_rate'], 3)}, {record['tokens_per_s']:,.0f} tokens/s"
+    )
+
+
 def ending(end: Record) -> str:
     """How the run ended, and what to do next."""
-    best = end["best_heldout_bits_per_byte"]
-    score = "" if best is None else f", best held-out {number(best)} bits/byte at step {end['best_step']}"
-    after = {
-        "finished": f"to write with it: zemoe generate --model {end['export']}",
-        "stopped": "to go on: the same command with --resume",
-        "diverged": "the loss is no number any more; a smaller learning rate may help",
-    }[end["reason"]]
-    return f"{end['reason']} at step {end['step']} after {span(end['seconds'])}{score}; {after}"
+    text = f"{end['reason']} at step {end['step']} after {span(end['seconds'])}"
+    if end["best_step"] is not None:
+        text += f", best held-out {number(end['best_heldout_bits_per_byte'])} bits/byte at step {end['best_step']}"
+    if end["reason"] == "stopped":
+        text += "; to go on: the same command with --resume"
+    return text if end["export"] is None else f"{text}; to write with it: zemoe generate --model {end['export']}"
 
 
 # -------------------------------------------------------------------------------------------------------- the three
@@ -193,12 +200,7 @@ class LineView(View):
             case "train":
                 self._clock.reached(record["step"])
                 left = self._clock.left
-                text = (
-                    f"{step} of {self._run['steps']}: loss {number(record['loss'])}, "
-                    f"{number(record['bits_per_byte'])} bits/byte, FFN experts {_experts(record, self._run)}, "
-                    f"zero share {_share(record['zero_share'])}, learning rate {number(record['learning_rate'], 3)}, "
-                    f"{record['tokens_per_s']:,.0f} tokens/s" + ("" if left is None else f", {span(left)} left")
-                )
+                text = training_line(record, self._run) + ("" if left is None else f", {span(left)} left")
             case "eval":
                 text = f"{step}: held-out {_held_out(record)}{' (the best so far)' if record['best'] else ''}"
             case "saved":

@@ -1,0 +1,328 @@
+"""`zemoe train` and `zemoe report` as people and programs use them, from a text file to a model that writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+
+import pytest
+
+import training_records as records
+from judge import one_thread
+from test_cli_process import assert_clean, on_terminal  # noqa: F401, a fixture
+from tiny_checkpoint import write_checkpoint
+from zemoe.cli import main
+from zemoe.training import report
+from zemoe.training.command import FINE_TUNE, TrainRequest, settings_of
+from zemoe.training.settings import Settings, SettingsError
+
+TEXT = "In the morning the sea was still, and in the evening the wind came over it.\n" * 60
+SMALL = ["train.steps=4", "train.rows=2", "data.context=16", "run.log_every=2", "run.eval_every=2", "run.save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "my.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def train(checkpoint, text, tmp_path, capsys):
+    """Run `zemoe train` on the random checkpoint and the text, into `out`; exit code, stdout and stderr."""
+
+    def run(*arguments, out=tmp_path / "run", start=checkpoint, data=text, sets=()):
+        named = [*(["--from", start] if start else []), *(["--data", data] if data else []), "--out", out]
+        changes = [part for change in [*SMALL, *sets] for part in ("--set", change)]
+        with one_thread():
+            code = main(["train", *map(str, [*named, *changes, *arguments])])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------- one command
+
+
+def test_from_a_text_to_a_model_that_writes(train, tmp_path, capsys):
+    code, out, err = train()
+    assert (code, err) == (0, "")
+    head, *lines, last = out.splitlines()
+    assert "2 layers, 4 of 5 FFN and 3 zero experts a token; " in head and "32 a step" in head
+    assert [re.match(r"step \d+( of 4)?: (loss|held-out|saved)", line)[0] for line in lines] == [
+        "step 1 of 4: loss",
+        "step 2 of 4: loss",
+        "step 2: held-out",
+        "step 2: saved",
+        "step 4 of 4: loss",
+        "step 4: held-out",
+        "step 4: saved",
+    ]
+    assert last.startswith("finished at step 4") and last.endswith(f"zemoe generate --model {tmp_path}/run/export")
+    with one_thread():
+        assert main(["generate", *f"--model {tmp_path}/run/export --json --max-new-tokens 5 --seed 1".split(" ")]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) == 5
+
+
+def test_json_is_metrics_jsonl(train, tmp_path):
+    code, out, err = train("--json")
+    assert (code, err) == (0, "")
+    assert out == (tmp_path / "run" / "metrics.jsonl").read_text()
+    kinds = [json.loads(line)["kind"] for line in out.splitlines()]
+    assert kinds == ["run", "train", "train", "eval", "saved", "train", "eval", "saved", "end"]
+
+
+def test_a_new_model_from_text_alone(train, tmp_path):
+    sizes = "hidden_size=16 num_layers=1 ffn_hidden_size=16 expert_ffn_hidden_size=8 q_lora_rank=8 kv_lora_rank=8 "
+    sizes += "qk_nope_head_dim=8 qk_rope_head_dim=8 v_head_dim=8 n_routed_experts=4 zero_expert_num=2 moe_topk=3"
+    sets = [f"model.{size}" for size in sizes.split()] + ["model.vocab_size=300"]
+    code, out, _ = train(start=None, sets=sets)
+    assert code == 0 and "1 layers, 3 of 4 FFN and 2 zero experts" in out
+    assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())["hidden_size"] == 16
+
+
+def test_the_folder_of_a_run_is_kept(train, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    code, out, err = train()
+    assert (code, out) == (2, "")
+    assert err.startswith("zemoe: error: run.out") and "--resume" in err and err.count("\n") == 1
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_the_folder_alone(train, tmp_path, capsys):
+    assert train()[0] == 0
+    with one_thread():
+        code = main(["train", "--resume", "--out", str(tmp_path / "run"), "--set", "run.log_every=1", "--json"])
+    out = capsys.readouterr().out
+    assert code == 0
+    first, end = map(json.loads, out.splitlines())
+    assert (first["kind"], first["step"], first["steps"], end["reason"]) == ("run", 4, 4, "finished")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["run"]["log_every"] == 1
+
+
+def test_plots_of_the_run(train, tmp_path, monkeypatch):
+    assert train(sets=["report.plots=true"])[0] == 0
+    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 4
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    code, out, err = train(out=tmp_path / "other", sets=["report.plots=true"])
+    assert (code, out) == (1, "") and "pip install 'zemoe[report]'" in err
+    assert not (tmp_path / "other").exists(), "that is said before hours of training"
+
+
+def test_other_processes_of_torchrun_say_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert train(sets=["report.plots=true"]) == (0, "", "")
+    assert not (tmp_path / "run" / "plots").exists()
+    assert train(sets=["train.steps=0"]) == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert train(out=tmp_path / "other")[1] != ""
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_what_stands_above_what(tmp_path, checkpoint):
+    config = tmp_path / "run.toml"
+    config.write_text('[train]\nsteps = 7\nrows = 6\n[run]\nout = "file"\n[data]\npaths = ["file.txt"]\n')
+    plain = settings_of(TrainRequest(config=config))
+    assert (plain.train.steps, plain.train.rows, plain.run.out, plain.data.paths) == (7, 6, "file", ("file.txt",))
+    assert plain.train.learning_rate == Settings(data=plain.data).train.learning_rate
+    above = settings_of(
+        TrainRequest(config=config, data=("a", "b"), out="named", overrides=("train.rows=4", 'run.out="set"'))
+    )
+    assert (above.train.steps, above.train.rows, above.run.out, above.data.paths) == (7, 4, "named", ("a", "b"))
+
+
+def test_a_fine_tune_has_defaults_of_its_own(tmp_path):
+    new = settings_of(TrainRequest(data=("a",)))
+    tuned = settings_of(TrainRequest(data=("a",), start="models/tiny"))
+    for section, table in FINE_TUNE.items():
+        for key, value in table.items():
+            assert getattr(getattr(tuned, section), key) == value != getattr(getattr(new, section), key)
+    assert tuned.train.clip == new.train.clip
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\nstart = "models/tiny"\n[train]\nlearning_rate = 1e-3\n[data]\npaths = ["a"]\n')
+    said = settings_of(TrainRequest(config=config, overrides=("train.steps=9",)))
+    assert (said.train.learning_rate, said.train.steps, said.train.rows) == (1e-3, 9, FINE_TUNE["train"]["rows"])
+
+
+def test_settings_of_a_run_come_back(tmp_path):
+    odd = settings_of(TrainRequest(data=('a "quoted" é 海\\n', "b"), overrides=("train.learning_rate=1e-7",), out="x"))
+    (tmp_path / "settings.json").write_text(json.dumps(odd.as_dict()))
+    again = settings_of(TrainRequest(resume=True, out=str(tmp_path)))
+    assert again.as_dict() == odd.as_dict() | {"run": odd.as_dict()["run"] | {"out": str(tmp_path)}}
+    with pytest.raises(SettingsError, match="--resume needs"):
+        settings_of(TrainRequest(resume=True, out=str(tmp_path / "nowhere")))
+
+
+def test_dry_run(train, checkpoint, text, tmp_path, capsys):
+    code, out, err = train("--dry-run")
+    assert (code, err) == (0, "") and not (tmp_path / "run").exists()
+    code, planned, told = train("--dry-run", "--json")
+    assert code == 0 and told == out, "the same, beside the JSON"
+    planned = json.loads(planned)
+    assert tomllib.loads(out) == planned["settings"]
+    assert planned["settings"]["train"]["steps"] == 4 and planned["settings"]["run"]["out"] == str(tmp_path / "run")
+    assert (planned["tokens_per_step"], planned["tokens"], planned["text_bytes"]) == (32, 128, len(TEXT))
+    assert f"# text: {len(TEXT):,} bytes in 1 file, about {planned['train_tokens']:,} tokens to train on" in out
+
+    (tmp_path / "again.toml").write_text(out)
+    with one_thread():
+        assert main(["train", "--config", str(tmp_path / "again.toml"), "--json"]) == 0
+    run = json.loads(capsys.readouterr().out.splitlines()[0])
+    same = ("parameters", "active_parameters", "k_e", "layers", "choices", "ffn_slots", "zero_slots", "tokens_per_step")
+    assert {key: run[key] for key in same} == {key: planned[key] for key in same}
+    for key in ("train_tokens", "heldout_tokens"):
+        assert planned[key] == pytest.approx(run[key], abs=60), "the text is cut between lines"
+    states = tmp_path / "run" / "states"
+    stored = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+    assert len(list(states.iterdir())) == 2 and stored < planned["disk_bytes"] < 2 * stored
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["train.poem=1"], "unknown key train.poem"),
+        (["poem.steps=1"], "unknown section [poem]"),
+        (["steps=1"], "--set must look like train.steps=200, got 'steps=1'"),
+        (["train.steps=many"], "train.steps must be a whole number, got 'many'"),
+        (["train.rows=0"], "train.rows must be at least 1, got 0"),
+        (["run.device=abacus"], "run.device must be one that torch can use here (cpu"),
+        (["data.context=97"], "data.context must be at most the model's 96, got 97"),
+        (["train.ffn_experts=4"], "train.ffn_experts must be above 1 and below K=4"),
+        (["model.hidden_size=8"], "model.hidden_size can't be set beside model.start"),
+    ],
+)
+def test_what_is_asked_wrongly(train, tmp_path, sets, said):
+    code, out, err = train(sets=sets)
+    assert (code, out) == (2, "")
+    assert err.startswith("zemoe: error: ") and said in err and err.count("\n") == 1
+    assert not (tmp_path / "run" / "states").exists()
+
+
+def test_wrong_paths(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "poem.toml").write_text("[train\n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for arguments, given, said in (
+        ([], {"data": None}, "data.paths must be at least one text file or folder (--data)"),
+        ([], {"data": tmp_path / "nowhere"}, "nowhere does not exist"),
+        ([], {"data": tmp_path / "empty"}, "no *.txt in the folder"),
+        ([], {"data": tmp_path / "latin"}, "latin is not readable as UTF-8 text"),
+        ([], {"start": tmp_path / "nowhere"}, "model.start must be a checkpoint folder"),
+        ([], {"start": tmp_path / "empty"}, "config.json"),
+        (["--config", tmp_path / "poem.toml"], {}, "poem.toml: not readable as TOML"),
+        (["--config", tmp_path / "none.toml"], {}, "none.toml: not readable as TOML"),
+    ):
+        code, out, err = train(*arguments, **given)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("zemoe: error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "file").touch()
+    code, out, err = train(out=tmp_path / "file" / "run")
+    assert (code, out) == (1, "") and err.startswith("zemoe: error: ") and err.count("\n") == 1 and "file/run" in err
+
+
+def test_a_run_that_diverges(train, tmp_path):
+    code, out, err = train("--json", sets=["train.learning_rate=1e30", "train.warmup=0", "train.steps=20"])
+    assert code == 1 and "train.learning_rate" in err and err.count("\n") == 1
+    assert json.loads(out.splitlines()[-1])["reason"] == "diverged"
+
+
+def test_a_damaged_state(train, tmp_path):
+    assert train()[0] == 0
+    damaged = next((tmp_path / "run" / "states" / "step-00000004").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    code, out, err = train("--resume")
+    assert (code, out) == (1, "") and str(damaged) in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory: 1"), OSError(28, "No space left")]
+)
+def test_the_machine_fails(train, monkeypatch, error):
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr("zemoe.training.run.train", fail)
+    code, _, err = train()
+    assert code == 1 and re.search("emory|space", err) and err.count("\n") == 1
+
+
+def test_other_errors_are_not_hidden(train, monkeypatch):
+    def fail(*arguments, **named):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("zemoe.training.run.train", fail)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        train()
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def test_report(tmp_path, capsys):
+    lines = [json.dumps(record) for record in records.whole()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
+    assert main(["report", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines() == [
+        "7.9 M parameters, 5.1 M used by a token; 2 layers, 6 of 16 FFN and 8 zero experts a token; cpu, float32; "
+        "12,345 tokens to train on, 678 held out, 512 a step",
+        "step 40 of 40: loss 3.000, 1.000 bits/byte, FFN experts 4.00 ± 0.90 of 6 a token, K_e 4, zero share 33.3%, "
+        "learning rate 0.0003, 3,211 tokens/s",
+        "best held-out 1.625 bits/byte at step 20",
+        "lines of metrics.jsonl that are unreadable and left out: 1",
+        *(f"{tmp_path}/plots/{name}.png" for name in ("ffn_experts", "loss", "zero_share", "bias")),
+    ]
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    result, told = capsys.readouterr()
+    assert told == out
+    result = json.loads(result)
+    assert result["best"]["step"] == 20 and result["last"]["step"] == 40 and result["unreadable_lines"] == 1
+    assert all(os.path.getsize(path) > 1000 for path in result["plots"]) and len(result["plots"]) == 4
+
+
+def test_report_of_nothing(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name, code, said in (
+        ("nowhere", 2, "found nothing at"),
+        ("file", 2, "found a file at"),
+        ("", 1, "metrics.jsonl"),
+    ):
+        assert main(["report", str(tmp_path / name)]) == code
+        err = capsys.readouterr().err
+        assert err.startswith("zemoe: error: ") and said in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- a terminal
+
+
+def test_the_live_view_and_ctrl_c(on_terminal, checkpoint, text, tmp_path, capsys):  # noqa: F811
+    sets = [part for change in (*SMALL[1:3], "run.log_every=1") for part in ("--set", change)]
+    arguments = ["--from", checkpoint, "--data", text, "--out", tmp_path / "run", *sets]
+    session = on_terminal("train", *arguments, "--set", "train.steps=100000")
+    session.read_until(r"FFN experts.*K_e")
+    os.write(session.fd, b"\x03")
+    assert session.finish() == 130
+    assert_clean(session)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", session.written)
+    step = int(re.search(r"stopped at step (\d+)", shown)[1])
+    assert re.search(r"to go on: the same command with\s+--resume", shown)
+    assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == [f"step-{step:08d}"]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["reason"], last["step"]) == ("end", "stopped", step)
