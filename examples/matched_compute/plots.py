@@ -105,7 +105,7 @@ def draw_kinds(kinds: Rows, path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("FFN experts a token, as a multiple of K_e")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
     save(axes, path)
 
 
