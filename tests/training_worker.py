@@ -1,0 +1,150 @@
+"""Training runs in processes of their own: killed at a moment of choice, or one of several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zemoe.training import export, run, state
+from zemoe.training.settings import Settings, read
+
+SIZES = {
+    "vocab_size": 280,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "ffn_hidden_size": 32,
+    "expert_ffn_hidden_size": 24,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "zero_expert_num": 3,
+    "moe_topk": 3,
+    "routed_scaling_factor": 2.0,
+}
+TRAIN = {"steps": 12, "rows": 4, "warmup": 3, "learning_rate": 1e-2, "bias_rate": 0.02}
+RUN = {"device": "cpu", "log_every": 1, "eval_every": 6, "save_every": 4}
+
+
+def write_text(path: Path, lines: int = 300, seed: int = 0) -> Path:
+    """A made-up language that is easy to learn: a subject, a verb and a place."""
+    draw = random.Random(seed)
+    subjects, verbs, places = ("the cat", "a sailor", "my aunt"), ("sat", "slept", "sang"), ("sea", "house", "tree")
+    path.write_text(
+        "\n".join(f"{draw.choice(subjects)} {draw.choice(verbs)} by the {draw.choice(places)}." for _ in range(lines))
+    )
+    return path
+
+
+def settings_for(folder: Path, out: str, *overrides: str) -> Settings:
+    """A tiny model on `folder`/text.txt."""
+    text = folder / "text.txt"
+    if not text.exists():
+        write_text(text)
+    given = {"model": SIZES, "train": TRAIN, "run": RUN}
+    plain = [f"{name}.{key}={value}" for name, table in given.items() for key, value in table.items()]
+    return read(None, [*plain, f"data.paths={text}", "data.context=16", f"run.out={folder / out}", *overrides])
+
+
+def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of these kinds, without what depends on the clock or the place."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("tokens_per_s", "seconds", "path", "export")
+    return [{k: v for k, v in one.items() if k not in clock} for one in found if one["kind"] in kinds]
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_step(step: int, kind: str) -> Callable[[dict[str, Any]], None]:
+    return lambda record: die() if (record["kind"], record["step"]) == (kind, step) else None
+
+
+def _nothing(record: dict[str, Any]) -> None:
+    pass
+
+
+def _half_a_file(pending: Any, path: Path) -> None:
+    path.write_bytes(b"\x10" * 5000)
+    die()
+
+
+def _half_a_swap(new: Path, folder: Path) -> None:
+    folder.rename(export._beside(folder, "old"))
+    die()
+
+
+# By name: what is replaced in which module, by what.
+MOMENTS: dict[str, tuple[Any, str, Any]] = {
+    "half a state": (state, "save_file", _half_a_file),
+    "a state without its description": (state, "write_json", die),
+    "a state that replaces the older one": (state, "remove", die),
+    "half an export": (export, "save_tensors", die),
+    "between two exports": (export, "_swap", _half_a_swap),
+    "in a step": (run.Optimizer, "step", die),
+}
+
+
+def one_run(settings: Settings, resume: bool, moment: str | None, step: int) -> None:
+    """Train; `moment` is a key of MOMENTS or a kind of record, and comes after `step` steps."""
+    torch.set_num_threads(1)
+    if moment in MOMENTS:
+        owner, name, replacement = MOMENTS[moment]
+        whole = getattr(owner, name)
+        trainers: list[run.Trainer] = []
+        init = run.Trainer.__init__
+
+        def remember(self: run.Trainer, *args: Any) -> None:
+            trainers.append(self)
+            init(self, *args)
+
+        run.Trainer.__init__ = remember
+
+        def now_or_later(*args: Any, **kwargs: Any) -> Any:
+            due = bool(trainers) and trainers[0].progress.step >= step
+            return (replacement if due else whole)(*args, **kwargs)
+
+        setattr(owner, name, now_or_later)
+    listener = _nothing if moment is None or moment in MOMENTS else _at_step(step, moment)
+    run.train(settings, resume=resume, listener=listener)
+
+
+def one_rank(rank: int, world: int, rendezvous: str, settings: Settings, resume: bool, last: int) -> None:
+    """Train as one of several processes; the first is asked to stop so that step `last` is the last one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+
+    def stop(record: dict[str, Any]) -> None:
+        if (record["kind"], record["step"]) == ("train", last - 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    end = run.train(settings, resume=resume, listener=stop)
+    dist.destroy_process_group()
+    assert (end["reason"], end["step"]) == ("stopped", last)
+
+
+def start(target: Callable[..., None], *args: Any) -> Any:
+    """A process that has imported everything, and computed nothing, when it begins."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["zemoe.training.run", "zemoe.kernels.choices"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def ended(process: Any) -> int:
+    process.join(60)
+    assert process.exitcode is not None, "a training run hangs"
+    return process.exitcode
