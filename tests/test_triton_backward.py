@@ -63,8 +63,8 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     with torch.library._scoped_library("zemoe", "IMPL") as library:
         library.impl("prepare", ops_triton._prepare_cuda, "CPU")
         library.impl("moe_ffn_tiles_train", ops_triton._moe_ffn_tiles_train_cuda, "CPU")
-        library.impl("moe_ffn_tiles_backward", ops_triton._moe_ffn_tiles_backward_cuda, "CPU")
-        library.impl("moe_ffn_tiles_backward_", ops_triton._moe_ffn_tiles_backward_in_place_cuda, "CPU")
+        library.impl("moe_ffn_tiles_backward", ops_triton._gradients, "CPU")
+        library.impl("moe_ffn_tiles_backward_", ops_triton._gradients, "CPU")
         yield
 
 
@@ -380,7 +380,7 @@ def test_opcheck_forward(save_preact: bool, device: str, pointers: None) -> None
         not save_preact
     ):  # else it compares, after a backward, what that backward has overwritten; see test_compiled_whole
         which.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(OPS.moe_ffn_tiles_train.default, (*args, "silu", save_preact), test_utils=which)
+    torch.library.opcheck(OPS.moe_ffn_tiles_train.default, (*args, None, None, "silu", save_preact), test_utils=which)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +393,11 @@ def test_opcheck_forward(save_preact: bool, device: str, pointers: None) -> None
 )
 def test_opcheck_backward(name: str, needs: list[bool], device: str, pointers: None) -> None:
     args = [t.detach() if isinstance(t, Tensor) else t for t in operator_arguments(SMALL, device)]
-    out, preact = OPS.moe_ffn_tiles_train(*args, "silu", True)
-    torch.library.opcheck(getattr(OPS, name).default, (torch.randn_like(out), *args, preact, "silu", needs))
+    out, preact = OPS.moe_ffn_tiles_train(*args, None, None, "silu", True)
+    main_grads = (torch.zeros_like(args[7], dtype=torch.float32), None, True) if name.endswith("_") else ()
+    torch.library.opcheck(
+        getattr(OPS, name).default, (torch.randn_like(out), *args, preact, "silu", needs, *main_grads)
+    )
 
 
 def test_compiled_whole(device: str, pointers: None) -> None:

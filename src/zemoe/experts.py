@@ -25,7 +25,8 @@ class Call(NamedTuple):
     """What a layer computes once it is routed; checked, x [T, H], weights [T, K] in float32 (float64 with float64 x).
 
     num_slots: A, or None where any id from num_experts on is a slot. kinds: canonical, in id order.
-    constant_logits_TC2: W_j x of the constant experts, or None.
+    constant_logits_TC2: W_j x of the constant experts, or None. main_grads: what the gradients of w13 and w2 are added
+    to instead of being returned, each None where they are.
     """
 
     x_TH: Tensor
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     params: AffineParams
     constant_logits_TC2: Tensor | None
     activation: str
+    main_grads: tuple[Tensor | None, Tensor | None]
 
 
 def _coefficients(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +118,7 @@ def _train_triton(call: Call) -> Tensor:
     )
     affine = *_coefficients(call), call.params.constant_value
     return ops_triton.moe_ffn_tiles_train(
-        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation
+        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation, call.main_grads
     )
 
 
@@ -246,6 +248,39 @@ def _check_tensors(
             raise ValueError(f"{name} must be on the device of hidden_states {x.device}, got {tensor.device}")
 
 
+def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Their attributes `main_grad`, where they have any; ValueError for one that a gradient can't be added to."""
+    found = []
+    for name, weight in (("w13", w13), ("w2", w2)):
+        main = getattr(weight, "main_grad", None)
+        if main is not None and not (
+            isinstance(main, Tensor)
+            and main.is_floating_point()
+            and main.shape == weight.shape
+            and main.device == weight.device
+            and main.is_contiguous()
+            and not main.requires_grad
+        ):
+            got = f"{main.dtype} {tuple(main.shape)} on {main.device}" if isinstance(main, Tensor) else repr(main)
+            raise ValueError(
+                f"{name}.main_grad must be a contiguous float tensor of shape {tuple(weight.shape)} on {weight.device} "
+                f"without requires_grad, got {got}"
+            )
+        found.append(main)
+    return found[0], found[1]
+
+
+def _check_main_grads(backend: str, *, kept: bool) -> None:
+    """ValueError unless the backend adds gradients to main_grad; kept: w13 and w2 are used as they were given."""
+    what = "w13.main_grad and w2.main_grad are filled by the backend 'triton' alone"
+    if backend != "triton":
+        raise ValueError(f"{what}, and this layer runs on {backend!r}; remove the attributes")
+    if not kept:
+        raise ValueError(f"{what}, of weights in the dtype that is computed in, and autocast casts them")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{what}, and not in compiled code; remove the attributes or don't compile the layer")
+
+
 def _kinds_and_bound(kinds: str | Sequence[tuple[str, int]], num_experts: int) -> tuple[ZeroExpertKinds, int | None]:
     """Canonical kinds, and the number of slots where the kinds say it."""
     if isinstance(kinds, str):
@@ -304,7 +339,9 @@ def fused_experts(
 
     Args:
         hidden_states: [..., H], float32, bfloat16, float16 or float64.
-        w13: [E, 2I, H], gate rows first, of the same dtype. w2: [E, H, I], likewise.
+        w13: [E, 2I, H], gate rows first, of the same dtype. w2: [E, H, I], likewise. With an attribute `main_grad`, a
+            float tensor of its shape, a weight's gradient is added to that, in float32 sums rounded once to its dtype,
+            and `.grad` stays as it is (backend "triton", not compiled).
         topk_weights: [T, K] float, computed in float32 (float64 with float64 hidden states); T is the product of
             the leading sizes.
         topk_ids: [T, K] int32 or int64. Ids 0..E-1 are FFN experts, from E on zero-computation experts, -1 is skipped.
@@ -338,6 +375,7 @@ def fused_experts(
         kinds, num_slots = _kinds_and_bound(((zero_expert_kinds, learned.shape[0]),), num_experts)
     check_kinds(kinds)
     moe_activation(activation)
+    given, main_grads = (w13, w2), _main_grads(w13, w2)
     x_TH, w13, w2 = _autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), w13, w2)
     check_params(kinds, params, x_TH.shape[1])
     _check_tensors(x_TH, w13, w2, topk_weights, topk_ids, num_experts)
@@ -347,11 +385,26 @@ def fused_experts(
         with ops.without_autocast(x_TH.device):
             rows = params.constant_router.to(weights_TK.dtype).flatten(0, 1)
             constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
-    call = Call(x_TH, weights_TK, topk_ids, w13, w2, num_experts, num_slots, kinds, params, constant_logits, activation)
+    call = Call(
+        x_TH,
+        weights_TK,
+        topk_ids,
+        w13,
+        w2,
+        num_experts,
+        num_slots,
+        kinds,
+        params,
+        constant_logits,
+        activation,
+        main_grads,
+    )
     differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
     ops.refuse_tangents(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
+    if trained and main_grads != (None, None):
+        _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1])
     whole = chosen.train if trained else chosen.infer
     if whole is not None:
         return whole(call).view(hidden_states.shape)

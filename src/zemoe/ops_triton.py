@@ -195,18 +195,21 @@ _TRAINED = (
     "Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor tiles, int block_m, "
     "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value"
 )
+_MAIN = "Tensor{}? main_w13, Tensor{}? main_w2"  # what the gradients of w13 and w2 are added to
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-define(f"moe_ffn_tiles_train({_TRAINED}, str activation, bool save_preact) -> (Tensor, Tensor)")
+define(f"moe_ffn_tiles_train({_TRAINED}, {_MAIN.format('', '')}, str activation, bool save_preact) -> (Tensor, Tensor)")
 define(f"moe_ffn_tiles_backward(Tensor grad, {_TRAINED}, Tensor preact, str activation, bool[7] needs) -> {_SEVEN}")
 define(
-    f"moe_ffn_tiles_backward_(Tensor grad, {_TRAINED}, Tensor(a!) preact, str activation, bool[7] needs) -> {_SEVEN}"
+    f"moe_ffn_tiles_backward_(Tensor grad, {_TRAINED}, Tensor(a!) preact, str activation, bool[7] needs, "
+    f"{_MAIN.format('(b!)', '(c!)')}, bool overwrite) -> {_SEVEN}"
 )
 
 
 @implements("moe_ffn_tiles_train")
 def _moe_ffn_tiles_train_cuda(
-    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation, save_preact
-) -> tuple[Tensor, Tensor]:
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
+    activation, save_preact,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.triton.forward import moe_ffn
 
     T, K = slot_row.shape
@@ -221,14 +224,15 @@ def _moe_ffn_tiles_train_cuda(
 
 @torch.library.register_fake("zemoe::moe_ffn_tiles_train")
 def _moe_ffn_tiles_train_fake(
-    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation, save_preact
-) -> tuple[Tensor, Tensor]:
+    x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
+    activation, save_preact,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
 
 
 def _gradients(
-    overwrite, grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact,
-    activation, needs,
+    grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
+    needs, main_w13=None, main_w2=None, overwrite=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     from .kernels.triton.backward import moe_ffn_backward
 
@@ -237,7 +241,7 @@ def _gradients(
     grad = with_rows(grad)
     found = moe_ffn_backward(
         grad, with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,
-        overwrite=overwrite,
+        (main_w13, main_w2), overwrite=overwrite,
     )  # fmt: skip
     dbeta = dvalue = None
     if beta is not None and value is not None:
@@ -247,21 +251,16 @@ def _gradients(
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (*found, dbeta, dvalue))
 
 
-@implements("moe_ffn_tiles_backward")
-def _moe_ffn_tiles_backward_cuda(grad, *args) -> tuple[Tensor, ...]:
-    return _gradients(False, grad, *args)
+implements("moe_ffn_tiles_backward")(_gradients)
+implements("moe_ffn_tiles_backward_")(_gradients)
 
 
-@implements("moe_ffn_tiles_backward_")
-def _moe_ffn_tiles_backward_in_place_cuda(grad, *args) -> tuple[Tensor, ...]:
-    return _gradients(True, grad, *args)
-
-
-def _moe_ffn_tiles_backward_fake(
+def _gradients_fake(
     grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
-    needs,
+    needs, main_w13=None, main_w2=None, overwrite=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (x, weights, w13, w2, alpha, beta, value)
+    needs = [*needs[:2], needs[2] and main_w13 is None, needs[3] and main_w2 is None, *needs[4:]]
     return tuple(
         tensor.new_empty(tensor.shape) if need and tensor is not None else x.new_empty(0)
         for tensor, need in zip(inputs, needs, strict=True)
@@ -269,7 +268,8 @@ def _moe_ffn_tiles_backward_fake(
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, activation, _ = inputs
+    *tensors, main_w13, main_w2, activation, _ = inputs
+    ctx.main_grads = main_w13, main_w2  # not saved, for they change until the backward
     ctx.block_m = tensors.pop(6)
     preact = output[1]
     ctx.mark_non_differentiable(preact)
@@ -286,18 +286,24 @@ def _autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     # may, and a graph that is being traced (of anything but plain tensors) knows by itself when memory is free.
     keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
     kept = keeps() or type(preact) is not Tensor
-    backward = torch.ops.zemoe.moe_ffn_tiles_backward if kept else torch.ops.zemoe.moe_ffn_tiles_backward_
-    found = backward(grad, *tensors, preact, ctx.activation, wanted)
+    if kept and ctx.main_grads == (None, None):
+        found = torch.ops.zemoe.moe_ffn_tiles_backward(grad, *tensors, preact, ctx.activation, wanted)
+    else:
+        found = torch.ops.zemoe.moe_ffn_tiles_backward_(
+            grad, *tensors, preact, ctx.activation, wanted, *ctx.main_grads, not kept
+        )
+    for i, main in zip((2, 3), ctx.main_grads, strict=True):
+        wanted[i] = wanted[i] and main is None
     dx, dweights, dw13, dw2, dalpha, dbeta, dvalue = (
         gradient if need else None for gradient, need in zip(found, wanted, strict=True)
     )
-    return dx, dweights, None, None, None, None, None, dw13, dw2, dalpha, dbeta, dvalue, None, None
+    return dx, dweights, None, None, None, None, None, dw13, dw2, dalpha, dbeta, dvalue, None, None, None, None
 
 
 torch.library.register_autograd("zemoe::moe_ffn_tiles_train", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("zemoe::moe_ffn_tiles_backward", no_second_derivative)
 for _name in ("zemoe::moe_ffn_tiles_backward", "zemoe::moe_ffn_tiles_backward_"):
-    torch.library.register_fake(_name, _moe_ffn_tiles_backward_fake)
+    torch.library.register_fake(_name, _gradients_fake)
 
 
 def moe_ffn_tiles_train(
@@ -309,13 +315,15 @@ def moe_ffn_tiles_train(
     w2: Tensor,
     affine: tuple[Tensor, Tensor | None, Tensor | None],
     activation: str,
+    main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """moe_ffn_tiles, differentiable in all float arguments; block_m: what training_rows_per_tile returns.
 
     Beside its arguments it keeps what gate and up yield, [T * K, 2I] in the dtype of x, and only where the gradient of
-    x, weights, w13 or w2 is wanted.
+    x, weights, w13 or w2 is wanted. main_grads: what the gradients of w13 and w2 are added to by the backward, which
+    then returns none for them.
     """
     save_preact = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, weights_TK, w13, w2))
     return torch.ops.zemoe.moe_ffn_tiles_train(
-        x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation, save_preact
+        x_TH, weights_TK, *plan, block_m, w13, w2, *affine, *main_grads, activation, save_preact
     )[0]

@@ -311,13 +311,15 @@ def moe_ffn_backward(
     activation: str,
     needs: tuple[bool, bool, bool, bool, bool],
     how: Backward,
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     overwrite: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weights, w13, w2 and alpha, None for each that is not in `needs`.
 
-    preact_N2I: what the forward wrote. overwrite: nobody needs it again, so that the gradient takes its place, which
-    saves 4 N I bytes. Beside it there are at most N (I or H) numbers of x's dtype at a time.
+    preact_N2I: what the forward wrote. into: contiguous tensors that the gradients of w13 and w2 are added to, instead
+    of being returned, or None. overwrite: nobody needs preact again, so that the gradient takes its place, which saves
+    4 N I bytes. Beside it there are at most N (I or H) numbers of x's dtype at a time.
     """
     need_x, need_weights, need_w13, need_w2, need_alpha = needs
     T, N = len(x_TH), len(row_token_N)
@@ -337,13 +339,16 @@ def moe_ffn_backward(
             want_inner=need_w2,
         )  # fmt: skip
         if inner_NI is not None:
-            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, how.weight, tokens_first=True)
+            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, how.weight, tokens_first=True, into=into[1])
             del inner_NI  # its memory goes to the rows
         if dpreact_N2I is not None:
             if need_w13:
-                dw13 = grad_weight(dpreact_N2I, x_TH, row_token_N, offsets, how.weight, tokens_first=False)
+                dw13 = grad_weight(
+                    dpreact_N2I, x_TH, row_token_N, offsets, how.weight, tokens_first=False, into=into[0]
+                )
             if need_x:
                 rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, how.rows, T)
+    dw13, dw2 = (None if main is not None else grad for main, grad in zip(into, (dw13, dw2), strict=True))
     if not T:
         return (
             torch.empty_like(x_TH) if need_x else None,

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 _MOST_TOKENS = 1024
 
 
