@@ -3,7 +3,8 @@
     python docs/record.py docs/images/generate.svg                  # make run
     python docs/record.py doctor.svg zemoe doctor
 
-Standard error (make's own lines, the spinner) is left out, everything else is as the command wrote it.
+Standard error (make's own lines, the spinner) is left out, everything else is as the command wrote it. Of what it draws
+anew again and again, the last picture counts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -87,10 +89,21 @@ def capture(command: list[str]) -> str:
     return written.decode().replace("\r\n", "\n")
 
 
+def without_wiped(written: str) -> str:
+    """What is left on the terminal: rich wipes the lines of a live picture, from the last one up, to draw it anew."""
+    kept = ""
+    for text, wiped in re.findall(r"(.*?)(\r\x1b\[2K(?:\x1b\[1A\x1b\[2K)*|\Z)", written, re.DOTALL):
+        lines = (kept + text).split("\n")
+        if wiped:
+            lines = [*lines[: len(lines) - 1 - wiped.count("\x1b[1A")], ""]
+        kept = "\n".join(lines)
+    return kept
+
+
 def main() -> None:
     path, command = Path(sys.argv[1]), sys.argv[2:] or ["make", "--silent", "run"]
     title = " ".join(word for word in command if word != "--silent")
-    lines = [Text.assemble(("$ ", "bold green"), title), *AnsiDecoder().decode(capture(command))]
+    lines = [Text.assemble(("$ ", "bold green"), title), *AnsiDecoder().decode(without_wiped(capture(command)))]
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Group(*lines))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -154,11 +155,18 @@ def test_a_fine_tune_has_defaults_of_its_own(tmp_path):
     assert (said.train.learning_rate, said.train.steps, said.train.rows) == (1e-3, 9, FINE_TUNE["train"]["rows"])
 
 
-def test_settings_of_a_run_come_back(tmp_path):
-    odd = settings_of(TrainRequest(data=('a "quoted" é 海\\n', "b"), overrides=("train.learning_rate=1e-7",), out="x"))
+def test_settings_of_a_run_come_back(tmp_path, monkeypatch):
+    odd = settings_of(TrainRequest(data=('a "quoted" é 🌊\\n', "b"), overrides=("train.learning_rate=1e-7",), out="x"))
     (tmp_path / "settings.json").write_text(json.dumps(odd.as_dict()))
     again = settings_of(TrainRequest(resume=True, out=str(tmp_path)))
     assert again.as_dict() == odd.as_dict() | {"run": odd.as_dict()["run"] | {"out": str(tmp_path)}}
+    named = settings_of(TrainRequest(resume=True, out=str(tmp_path), data=("c",)))
+    assert named.train.learning_rate == settings_of(TrainRequest(data=("c",))).train.learning_rate
+    default = tmp_path / settings_of(TrainRequest(data=("c",))).run.out
+    default.mkdir(parents=True)
+    (tmp_path / "settings.json").rename(default / "settings.json")
+    monkeypatch.chdir(tmp_path)
+    assert settings_of(TrainRequest(resume=True)) == odd
     with pytest.raises(SettingsError, match="--resume needs"):
         settings_of(TrainRequest(resume=True, out=str(tmp_path / "nowhere")))
 
@@ -307,6 +315,33 @@ def test_report_of_nothing(tmp_path, capsys):
         assert main(["report", str(tmp_path / name)]) == code
         err = capsys.readouterr().err
         assert err.startswith("zemoe: error: ") and said in err and err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def test_the_commands_of_the_pages_are_understood(tmp_path, monkeypatch, capsys):
+    """All of them but for what they would train: that takes minutes."""
+    root = Path(__file__).parents[1]
+    pages = [(root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/train.md")]
+    commands = re.findall(r"^(?:torchrun .*)?(zemoe (?:train|report) [^#\n]*)", "\n".join(_blocks(pages)), re.MULTILINE)
+    assert len(commands) == 8
+    (tmp_path / "examples").symlink_to(root / "examples")
+    (tmp_path / "my.txt").write_text("the sea and the wind\n" * 500, encoding="utf-8")
+    new = settings_of(TrainRequest(config=root / "examples" / "train.toml", data=("my.txt",), out="runs/new"))
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "settings.json").write_text(json.dumps(new.as_dict()))
+    (tmp_path / "runs" / "new" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records.whole()))
+    monkeypatch.chdir(tmp_path)
+    with one_thread():
+        for line in commands:
+            program, *arguments = line.split()
+            assert main([*arguments, *(["--dry-run"] if arguments[0] == "train" else [])]) == 0, line
+            assert program == "zemoe" and capsys.readouterr().err == ""
+
+
+def _blocks(pages: list[str]) -> list[str]:
+    return [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
 
 
 # ---------------------------------------------------------------------------------------------------------- a terminal

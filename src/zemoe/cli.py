@@ -237,7 +237,9 @@ def app() -> "typer.Typer":
         ] = None,
         resume: Annotated[
             bool,
-            running("--resume", help="Go on from the last state; with --out alone, with the settings found there."),
+            running(
+                "--resume", help="Go on from the last state; with no more than --out, with the settings found there."
+            ),
         ] = False,
         dry_run: Annotated[
             bool, running("--dry-run", help="Print all settings, sizes and needs, and train nothing.")

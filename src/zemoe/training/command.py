@@ -17,7 +17,7 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..generate import CommandError
 from .report import METRICS, ReportError, check_matplotlib, draw
-from .settings import Settings, SettingsError, read
+from .settings import RunSettings, Settings, SettingsError, read
 from .state import StateError
 from .view import View, headline, number, open_view, training_line
 
@@ -61,7 +61,7 @@ def _one_line_errors() -> Iterator[None]:
 def settings_of(request: TrainRequest) -> Settings:
     """The file, then --set, then the options that have a name of their own. Raises SettingsError.
 
-    --resume with --out alone takes the settings that the run in that folder has.
+    --resume with no more than --out takes the settings that the run in that folder has.
     """
     given: dict[str, dict[str, Any]] = {}
     for section, key, value in (
@@ -71,8 +71,9 @@ def settings_of(request: TrainRequest) -> Settings:
     ):
         if value is not None:
             given.setdefault(section, {})[key] = value
-    if request.resume and request.config is None and given.keys() == {"run"}:
-        return read(None, (*_overrides(_stored(Path(given["run"]["out"]))), *request.overrides), given)
+    if request.resume and request.config is None and given.keys() <= {"run"}:
+        stored = _stored(Path(request.out or RunSettings().out))
+        return read(None, (*_overrides(stored), *request.overrides), given)
     settings = read(request.config, request.overrides, given)
     if not settings.model.start:
         return settings
