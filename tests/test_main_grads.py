@@ -10,7 +10,7 @@ from judge import BY_NAME, assert_bitwise
 from test_experts import run
 
 pytest.importorskip("triton")
-from test_triton_backward import DTYPE, _on_this_device, on, pointers  # noqa: F401
+from triton_training import DTYPE, _on_this_device, on, pointers  # noqa: F401
 from zemoe import MoE, MoEConfig
 
 pytestmark = [

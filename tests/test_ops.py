@@ -155,7 +155,7 @@ class TestOpcheck:
         }
         tested |= {"plan", "select_few", "topk_ids"}  # select_few: tests/test_loops.py
         on_gpu = {"router_logits", "select_experts", "prepare", "moe_ffn_tiles"}  # tests/test_gpu.py
-        # tests/test_triton_backward.py
+        # tests/test_triton_backward_ops.py
         trained = {"moe_ffn_tiles_train", "moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"}
         assert names == tested | on_gpu | trained
 
