@@ -13,19 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LongcatFlashForCausalLM
 
 from judge import one_thread
-from tiny_checkpoint import write_checkpoint
-from training_worker import ended, one_rank, one_run, records, settings_for, start
-from zemoe.checkpoint import verify
-from zemoe.cli import main
-from zemoe.generate import EMBEDDED
+from training_worker import ended, one_run, records, settings_for, start, whole_run
 from zemoe.integrations.transformers import load_model
 from zemoe.training import export, run, state, train
-from zemoe.training.model import start_folder
 from zemoe.training.run import Diverged
-from zemoe.training.settings import SettingsError, make
+from zemoe.training.settings import SettingsError
 from zemoe.training.state import StateError
 
 
@@ -37,12 +31,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> SimpleNamespace:
-    """A run from its first step to its last, never stopped; what the others are compared with."""
-    folder = tmp_path_factory.mktemp("whole")
-    settings, told = settings_for(folder, "out"), []
-    with one_thread():
-        end = train(settings, resume=False, listener=told.append)
-    return SimpleNamespace(folder=folder, out=folder / "out", settings=settings, told=told, end=end)
+    return whole_run(tmp_path_factory.mktemp("whole"))
 
 
 def test_what_is_told_is_what_is_written(whole):
@@ -282,153 +271,3 @@ def test_not_a_number(begun, monkeypatch, when):
         train(settings, resume=True, listener=told.append)
     assert told[-1]["kind"] == "end" and told[-1]["reason"] == "diverged"
     assert state.steps(begun.out / "states") == [8]
-
-
-# --------------------------------------------------------------------------------------------- ways to cut up one step
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["loss"] for record in records(folder, "train")]
-
-
-@pytest.mark.parametrize("override", ["train.accumulate=2", "train.checkpoint_activations=true"])
-def test_the_same_step_in_other_ways(whole, tmp_path, override):
-    shutil.copy(whole.folder / "text.txt", tmp_path)
-    settings = settings_for(tmp_path, "out", override)
-    train(settings, resume=False, listener=lambda _: None)
-    exact = "checkpoint" in override
-    assert losses(tmp_path / "out") == pytest.approx(losses(whole.out), rel=0 if exact else 1e-3, abs=0)
-    used, wanted = ([r["ffn_experts"] for r in records(o, "train")] for o in (tmp_path / "out", whole.out))
-    assert used == pytest.approx(wanted, abs=0 if exact else 0.15)
-
-
-@pytest.mark.parametrize(("parallel", "first", "last"), [("ddp", 0, 6), ("fsdp", 8, 11)])
-def test_two_ranks(whole, tmp_path, parallel, first, last):
-    """The same numbers to rounding from step `first`, if need be from the state of one process, to step `last`, where
-    one of the two is asked to stop and both do; one process goes on from there.
-    """
-    shutil.copy(whole.folder / "text.txt", tmp_path)
-    out = tmp_path / "out"
-    if first:
-        shutil.copytree(whole.out, out)
-        shutil.rmtree(out / "states" / "step-00000012")
-    settings = settings_for(tmp_path, "out", f"run.parallel={parallel}", "train.accumulate=2")
-    ranks = [start(one_rank, rank, 2, str(tmp_path / "meet"), settings, first > 0, last) for rank in range(2)]
-    assert [ended(process) for process in ranks] == [0, 0]
-    assert state.steps(out / "states")[-1] == last and losses(out)[:first] == losses(whole.out)[:first]
-    if parallel == "ddp":
-        verify(out / "export")
-    train(settings_for(tmp_path, "out"), resume=True, listener=lambda _: None)
-    assert losses(out) == pytest.approx(losses(whole.out), rel=1e-3) and len(losses(out)) == 12
-    norms, wanted = ([record["grad_norm"] for record in records(o, "train")] for o in (out, whole.out))
-    assert norms[:last] == pytest.approx(wanted[:last], rel=2e-2)
-    heldout, wanted = ([record["heldout_loss"] for record in records(o, "eval")] for o in (out, whole.out))
-    assert heldout == pytest.approx(wanted, rel=1e-3)
-    verify(out / "export")
-
-
-def test_rows_that_cannot_be_shared(tmp_path):
-    with pytest.raises(SettingsError, match=r"train\.rows must be a multiple of train\.accumulate=3"):
-        settings_for(tmp_path, "out", "train.accumulate=3")
-
-
-# -------------------------------------------------------------------------------------------------- what comes out
-
-
-@pytest.mark.parametrize("layout", ["original", "transformers"])
-def test_the_export_computes_what_was_trained(tmp_path, monkeypatch, layout):
-    trainers: list[run.Trainer] = []
-    loop = run.Trainer.run
-    monkeypatch.setattr(run.Trainer, "run", lambda self: trainers.append(self) or loop(self))
-    settings = settings_for(tmp_path, "out", f"run.layout={layout}", "run.eval_every=12")
-    train(settings, resume=False, listener=lambda _: None)
-    folder = tmp_path / "out" / "export"
-    manifest = verify(folder)
-    assert manifest.layout == layout
-    ids = torch.randint(0, 200, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = trainers[0].model.eval()(ids).logits
-        assert torch.equal(load_model(folder)(ids).logits, wanted)
-        if layout == "transformers":
-            stock = LongcatFlashForCausalLM.from_pretrained(folder)
-            assert type(stock.model.layers[0].mlp).__module__.startswith("transformers.")
-            torch.testing.assert_close(stock(ids).logits, wanted, rtol=1e-4, atol=1e-5)
-    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "out" / "tokenizer.json").read_bytes()
-
-
-def test_the_best_model_is_exported(tmp_path, monkeypatch):
-    """Not the last one: the held-out loss is made to rise after step 6."""
-    real = run.Trainer._heldout_loss
-    monkeypatch.setattr(run.Trainer, "_heldout_loss", lambda self: real(self) + (self.progress.step > 6) * 10)
-    end = train(settings_for(tmp_path, "out", "run.save_every=6", "run.keep=5"), resume=False, listener=lambda _: None)
-    assert end["best_step"] == 6
-    saved = load_file(tmp_path / "out" / "states" / "step-00000006" / "tensors-00001.safetensors")
-    exported = load_file(tmp_path / "out" / "export" / "model.safetensors")
-    assert torch.equal(saved["weight/model.embed_tokens.weight"], exported["model.embed_tokens.weight"])
-    assert torch.equal(
-        saved["bias/model.layers.0.mlp.router"], exported["model.layers.0.mlp.router.e_score_correction_bias"]
-    )
-
-
-def test_bfloat16_export_keeps_the_router(tmp_path):
-    settings = settings_for(tmp_path, "out", "run.export_dtype=bfloat16", "train.steps=2")
-    train(settings, resume=False, listener=lambda _: None)
-    tensors = load_file(tmp_path / "out" / "export" / "model.safetensors")
-    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
-    assert wide == {name for name in tensors if ".router." in name} and len(wide) == 4
-    assert load_model(tmp_path / "out" / "export").dtype == torch.bfloat16
-
-
-def test_generate_reads_the_export(whole, capsys):
-    assert main(["generate", "--model", str(whole.out / "export"), "--prompt", "my aunt", "--max-new-tokens", "5"]) == 0
-    assert "my aunt" in capsys.readouterr().out
-
-
-def test_from_a_checkpoint(tmp_path):
-    """Its weights, its tokenizer, its end of text; nothing of the sizes that a new model would have."""
-    start_from = write_checkpoint(tmp_path / "start", eos_token_id=0, bos_token_id=None)
-    settings = settings_for(tmp_path, "out").as_dict()
-    settings["model"] = {"start": str(start_from)}
-    settings["train"] |= {"steps": 2, "learning_rate": 1e-9, "bias_rate": 0.0}
-    told: list[dict] = []
-    train(make(settings, "test"), resume=False, listener=told.append)
-    before, after = (
-        dict(load_model(folder).named_parameters()) for folder in (start_from, tmp_path / "out" / "export")
-    )
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-7)
-    assert (start_from / "tokenizer.json").read_bytes() == (tmp_path / "out" / "export" / "tokenizer.json").read_bytes()
-    assert told[0]["ffn_slots"] == 5 and told[0]["k_e"] == pytest.approx(8 / 3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"start": "nowhere"}}, "model.start must be a checkpoint folder, or models/tiny, got 'nowhere'"),
-        ({"data": {"context": 97}}, "data.context must be at most the model's 96, got 97"),
-        ({"train": {"ffn_experts": 4}}, "train.ffn_experts must be above 1 and below K=4, and at most E=5, got 4"),
-    ],
-)
-def test_what_a_checkpoint_refuses(tmp_path, changes, message):
-    start_from = write_checkpoint(tmp_path / "start")
-    settings = settings_for(tmp_path, "out").as_dict()
-    settings["model"] = {"start": str(start_from)}
-    for section, table in changes.items():
-        settings[section] |= table
-    with pytest.raises(SettingsError) as caught:
-        train(make(settings, "test"), resume=False, listener=lambda _: None)
-    assert message in str(caught.value)
-
-
-def test_a_damaged_checkpoint(tmp_path):
-    start_from = write_checkpoint(tmp_path / "start")
-    path = start_from / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    settings = settings_for(tmp_path, "out").as_dict() | {"model": {"start": str(start_from)}}
-    with pytest.raises(SettingsError, match=r"model\.start: .*model\.safetensors: tensor .* truncated"):
-        train(make(settings, "test"), resume=False, listener=lambda _: None)
-
-
-def test_the_embedded_model_has_a_name():
-    assert start_folder("models/tiny") == EMBEDDED

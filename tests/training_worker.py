@@ -9,11 +9,13 @@ import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from judge import one_thread
 from zemoe.training import export, run, state
 from zemoe.training.settings import Settings, read
 
@@ -62,6 +64,18 @@ def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = ("tokens_per_s", "seconds", "path", "export")
     return [{k: v for k, v in one.items() if k not in clock} for one in found if one["kind"] in kinds]
+
+
+def whole_run(folder: Path) -> SimpleNamespace:
+    """A run from its first step to its last, never stopped; what the others are compared with."""
+    settings, told = settings_for(folder, "out"), []
+    with one_thread():
+        end = run.train(settings, resume=False, listener=told.append)
+    return SimpleNamespace(folder=folder, out=folder / "out", settings=settings, told=told, end=end)
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in records(out, "train")]
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -145,6 +159,6 @@ def start(target: Callable[..., None], *args: Any) -> Any:
 
 
 def ended(process: Any) -> int:
-    process.join(60)
+    process.join(300)
     assert process.exitcode is not None, "a training run hangs"
     return process.exitcode
