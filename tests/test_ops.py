@@ -155,8 +155,9 @@ class TestOpcheck:
         }
         tested |= {"plan", "select_few", "topk_ids"}  # select_few: tests/test_loops.py
         on_gpu = {"router_logits", "select_experts", "prepare", "moe_ffn_tiles"}  # tests/test_gpu.py
-        # tests/test_triton_backward_ops.py
+        # tests/test_triton_backward_ops.py, tests/test_triton_route_grad.py
         trained = {"moe_ffn_tiles_train", "moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"}
+        trained |= {"router_logits_backward", "select_experts_backward"}
         assert names == tested | on_gpu | trained
 
 
