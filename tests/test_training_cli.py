@@ -18,6 +18,7 @@ from zemoe.cli import main
 from zemoe.training import report
 from zemoe.training.command import FINE_TUNE, TrainRequest, settings_of
 from zemoe.training.settings import Settings, SettingsError
+from zemoe.training.view import View
 
 TEXT = "In the morning the sea was still, and in the evening the wind came over it.\n" * 60
 SMALL = ["train.steps=4", "train.rows=2", "data.context=16", "run.log_every=2", "run.eval_every=2", "run.save_every=2"]
@@ -109,6 +110,21 @@ def test_resume_with_the_folder_alone(train, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["run"]["log_every"] == 1
 
 
+def test_resume_shows_what_was_before(train, tmp_path, monkeypatch):
+    remembered = []
+    monkeypatch.setattr(View, "remember", lambda self, train, evals: remembered.extend([*train, *evals]))
+    assert train("--resume")[0] == 0, "there is nothing before, and that is fine"
+    assert remembered == []
+    assert train("--resume")[0] == 0
+    assert [(record["kind"], record["step"]) for record in remembered] == [
+        ("train", 1),
+        ("train", 2),
+        ("train", 4),
+        ("eval", 2),
+        ("eval", 4),
+    ]
+
+
 def test_plots_of_the_run(train, tmp_path, monkeypatch):
     assert train(sets=["report.plots=true"])[0] == 0
     assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 4
@@ -180,6 +196,7 @@ def test_dry_run(train, checkpoint, text, tmp_path, capsys):
     assert tomllib.loads(out) == planned["settings"]
     assert planned["settings"]["train"]["steps"] == 4 and planned["settings"]["run"]["out"] == str(tmp_path / "run")
     assert (planned["tokens_per_step"], planned["tokens"], planned["text_bytes"]) == (32, 128, len(TEXT))
+    assert planned["logits_bytes"] == 32 * 275 * 4
     assert f"# text: {len(TEXT):,} bytes in 1 file, about {planned['train_tokens']:,} tokens to train on" in out
 
     (tmp_path / "again.toml").write_text(out)
@@ -283,9 +300,13 @@ def test_other_errors_are_not_hidden(train, monkeypatch):
 
 
 def test_report(tmp_path, capsys):
-    lines = [json.dumps(record) for record in records.whole()]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
-    assert main(["report", str(tmp_path)]) == 0
+    folder = tmp_path / "[red]run"
+    folder.mkdir()
+    given = list(records.whole())
+    given.insert(2, records.evaluation(10, best=True, bits=1.9))
+    lines = [json.dumps(record) for record in given]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "tr']))
+    assert main(["report", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines() == [
@@ -295,9 +316,9 @@ def test_report(tmp_path, capsys):
         "learning rate 0.0003, 3,211 tokens/s",
         "best held-out 1.625 bits/byte at step 20",
         "lines of metrics.jsonl that are unreadable and left out: 1",
-        *(f"{tmp_path}/plots/{name}.png" for name in ("ffn_experts", "loss", "zero_share", "bias")),
+        *(f"{folder}/plots/{name}.png" for name in ("ffn_experts", "loss", "zero_share", "bias")),
     ]
-    assert main(["report", str(tmp_path), "--json"]) == 0
+    assert main(["report", str(folder), "--json"]) == 0
     result, told = capsys.readouterr()
     assert told == out
     result = json.loads(result)

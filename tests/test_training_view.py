@@ -224,6 +224,19 @@ def test_the_time_left_runs_down(terminal):
         assert rows_now(view)["step"].endswith("0:00 left")
 
 
+def test_a_resumed_run_goes_on_with_its_course(terminal):
+    """What it did after the state that it goes on from, the first time, isn't shown twice."""
+    given = list(records.whole())
+    train, evals = ([r for r in given if r["kind"] == kind] for kind in ("train", "eval"))
+    again = records.train(30, loss=2.0)
+    view = LiveView(open_console(terminal))
+    view.remember(train, [*evals, records.evaluation(40, True, 0.5)])
+    shown = rows(show(view, [records.run(step=20), again, records.evaluation(30, False, 1.75)]))
+    assert shown["loss"].startswith("2.000 █▇▁ ")
+    assert shown["held-out"] == "1.750 bits/byte, loss 3.500 at step 30; best 1.625 at step 20"
+    view.remember([records.train(10, loss=None)], [])
+
+
 def rows_now(view) -> dict[str, str]:
     console = open_console(Terminal())
     console.print(view._frame())

@@ -6,7 +6,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from .. import __version__
 from ..checkpoint import CheckpointError
 from ..generate import CommandError
-from .report import METRICS, ReportError, check_matplotlib, draw
+from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, read
 from .state import StateError
 from .view import View, headline, number, open_view, training_line
@@ -122,6 +122,10 @@ def _run(request: TrainRequest, view: View, first: bool) -> int:
     settings = settings_of(request)
     if settings.report.plots:
         check_matplotlib()
+    if request.resume:
+        with suppress(ReportError):  # there is nothing yet
+            before = read_metrics(Path(settings.run.out))
+            view.remember(before.train, before.evals)
     try:
         with view:
             end = train(settings, resume=request.resume, listener=view)

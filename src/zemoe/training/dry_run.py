@@ -14,7 +14,7 @@ from .model import build, count_parameters, new_config, read_start, start_folder
 from .settings import Settings
 from .view import millions
 
-_SAMPLE = 200_000  # characters from the middle of each text, of which the tokens are counted
+_SAMPLE = 200_000  # characters of each text, of which the tokens are counted
 # A parameter in bytes: float32 of itself, of its gradient and of AdamW's two means; a state has no gradient.
 _IN_MEMORY, _IN_A_STATE = 16, 12
 _EXPORTED = {"float32": 4, "bfloat16": 2}
@@ -27,7 +27,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         SettingsError: as the run itself, but for what the whole text would show.
     """
     texts = data.read_texts(data.text_files(settings.data.paths))
-    samples = [text[max(0, (len(text) - _SAMPLE) // 2) :][:_SAMPLE] for text in texts]
+    samples = [text[:_SAMPLE] for text in texts]
     start = start_folder(settings.model.start) if settings.model.start else None
     named = start / "tokenizer.json" if start is not None else settings.model.tokenizer
     tokenizer = data.load_tokenizer(Path(named)) if named else data.train_tokenizer(samples, settings.model.vocab_size)

@@ -37,6 +37,9 @@ class View(AbstractContextManager["View"]):
     def __call__(self, record: Record) -> None:
         return None
 
+    def remember(self, train: Sequence[Record], evals: Sequence[Record]) -> None:
+        """Called before a run that is resumed, with what it did before; some of it the run may do again."""
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -219,8 +222,8 @@ class LiveView(View):
         self._console, self._now, self._ascii = console, clock, console.options.ascii_only
         self._begin = clock()
         self._last: dict[str, Record] = {}  # by kind
-        self._best: Record | None = None
-        self._losses: list[float] = []
+        self._bests: list[Record] = []
+        self._losses: list[tuple[int, float]] = []  # step, loss
         self._live = Live(console=console, get_renderable=self._frame, refresh_per_second=_FRAMES_PER_SECOND)
 
     def __enter__(self) -> LiveView:
@@ -240,13 +243,19 @@ class LiveView(View):
         match record["kind"]:
             case "run":
                 self._clock = _Clock(record, self._now)
+                self._losses = [(step, loss) for step, loss in self._losses if step <= record["step"]]
+                self._bests = [best for best in self._bests if best["step"] <= record["step"]]
             case "train":
                 self._clock.reached(record["step"])
-                self._losses.append(record["loss"])
+                self._losses.append((record["step"], record["loss"]))
             case "eval" if record["best"]:
-                self._best = record
+                self._bests.append(record)
         if record["kind"] in ("run", "end"):
             self._live.refresh()
+
+    def remember(self, train: Sequence[Record], evals: Sequence[Record]) -> None:
+        self._losses = [(record["step"], math.nan if record["loss"] is None else record["loss"]) for record in train]
+        self._bests = [record for record in evals if record["best"]]
 
     def _frame(self) -> Group | Text:
         last = self._last
@@ -279,7 +288,7 @@ class LiveView(View):
         table.add_row(
             "tokens", f"{train['tokens']:,} ({epochs:.2f} times the text), {train['tokens_per_s']:,.0f} a second"
         )
-        spark = sparkline(self._losses, _LOSS_CELLS, self._ascii)
+        spark = sparkline([loss for _, loss in self._losses], _LOSS_CELLS, self._ascii)
         table.add_row(
             "loss",
             Text.assemble(
@@ -320,7 +329,7 @@ class LiveView(View):
 
     def _scores(self, scored: Record) -> str:
         text = f"{_held_out(scored)} at step {scored['step']}"
-        best = self._best
-        if best is not None and best["step"] != scored["step"]:
+        best = self._bests[-1] if self._bests else scored
+        if best["step"] != scored["step"]:
             text += f"; best {number(best['heldout_bits_per_byte'])} at step {best['step']}"
         return text
