@@ -1,7 +1,9 @@
 #!/bin/sh
-# All that only a GPU can show, in one go: the suite, the sanitizers, the layer beside its baselines, tiles, generation.
+# All that only a GPU can show, in one go: the suite, the sanitizers, the layer beside its baselines, tiles, training,
+# generation.
 #
-#     sh benchmarks/gpu.sh FOLDER COMMIT [PART ...]     parts: tests sanitize layer launches tiles generation (default: all)
+#     sh benchmarks/gpu.sh FOLDER COMMIT [PART ...]     parts: tests sanitize layer launches tiles training overlap
+#     generation (default: all)
 #
 # For a machine with its own torch and triton and nothing installed; FOLDER gets logs, CSVs and pictures. Each part has a
 # limit of its own, and a part that fails does not stop the next one.
@@ -12,7 +14,7 @@ mkdir -p "$out"
 export PYTHONPATH=src PYTHONUNBUFFERED=1 COLUMNS=150
 bench="python3 -W ignore -m zemoe bench --commit $commit"
 
-for part in ${*:-tests sanitize layer launches tiles generation}; do
+for part in ${*:-tests sanitize layer launches tiles training overlap generation}; do
     echo "== $part"
     case $part in
     tests)
@@ -45,6 +47,13 @@ for part in ${*:-tests sanitize layer launches tiles generation}; do
     tiles)
         timeout 120 python3 -W ignore benchmarks/gpu_tiles.py lite:8 lite:64 lite:512 lite:1024 lite:4096 lite:16384 \
             research:4096 research:16384 --commit "$commit" --output "$out"
+        ;;
+    training)
+        timeout 150 python3 -W ignore benchmarks/gpu_training.py --commit "$commit" --output "$out" > "$out/training.log" 2>&1
+        grep -v "^checked\|chosen False" "$out/training.log"
+        ;;
+    overlap)
+        timeout 120 python3 -W ignore benchmarks/gpu_overlap.py --commit "$commit" --output "$out"
         ;;
     generation)
         timeout 240 python3 -W ignore benchmarks/generation.py --commit "$commit" --output "$out/generation.csv"

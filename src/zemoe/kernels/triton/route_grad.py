@@ -35,23 +35,6 @@ def _derivative(logit, SCORING: tl.constexpr):
     return tl.where(score == 0.0, 0.0, sigmoid / (2.0 * tl.where(score == 0.0, 1.0, score)))
 
 
-@triton.jit
-def _choice(
-    logits_ptr, ids_ptr, first_T, id_T, in_T, n,
-    A: tl.constexpr, E: tl.constexpr, RENORMALIZE: tl.constexpr, NULL: tl.constexpr,
-):  # fmt: skip
-    """Of the n-th choices: the slot, its logit, and whether renormalising keeps it."""
-    at_T = tl.load(ids_ptr + id_T + n, mask=in_T, other=-1)
-    kept_T = (at_T >= 0) & (at_T < A)  # no id leads outside of the row
-    logit_T = tl.load(logits_ptr + first_T + at_T, mask=kept_T, other=-float("inf"))
-    if RENORMALIZE == "real":
-        kept_T = kept_T & (at_T < E)
-    if RENORMALIZE == "nonnull":
-        for i in tl.static_range(len(NULL)):
-            kept_T = kept_T & ((at_T < NULL[i][0]) | (at_T >= NULL[i][1]))
-    return at_T, logit_T, kept_T
-
-
 @triton.jit(do_not_specialize=["T", "K"])
 def _route_grad(
     grad_ptr,
@@ -69,55 +52,57 @@ def _route_grad(
     NULL_RANGES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     begin(OVERLAP)
     t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    in_T = t_T < T
-    t_T = t_T.to(tl.int64)
-    slot_A = tl.arange(0, BLOCK_A)
-    mask = in_T[:, None] & (slot_A < A)[None, :]
-    logit_TA = tl.load(logits_ptr + t_T[:, None] * stride + slot_A[None, :], mask=mask, other=-float("inf"))
-    largest_T = tl.max(logit_TA, 1)
-    is_nan_T = tl.max((logit_TA != logit_TA).to(tl.int32), 1) != 0
+    in_T = (t_T < T)[:, None]
+    t_T = t_T.to(tl.int64)[:, None]
+    slot_A = tl.arange(0, BLOCK_A)[None, :]
+    logit_TA = tl.load(logits_ptr + t_T * stride + slot_A, mask=in_T & (slot_A < A), other=-float("inf"))
+    largest_T = tl.max(logit_TA, 1, keep_dims=True)
+    is_nan_T = tl.max((logit_TA != logit_TA).to(tl.int32), 1, keep_dims=True) != 0
     lost_T = is_nan_T | (largest_T == float("inf")) | (largest_T == -float("inf"))
     largest_T = tl.where(lost_T, 0.0, largest_T)
-    total_T = tl.where(lost_T, 1.0, tl.sum(_exp(logit_TA - largest_T[:, None]), 1))
-    first_T = t_T * stride
-    id_T = t_T * K
+    total_T = tl.where(lost_T, 1.0, tl.sum(_exp(logit_TA - largest_T), 1, keep_dims=True))
 
-    kept_sum_T = tl.zeros([BLOCK_T], dtype=tl.float32)
-    kept_dot_T = tl.zeros([BLOCK_T], dtype=tl.float32)
+    choice_K = tl.arange(0, BLOCK_K)[None, :]
+    chosen = in_T & (choice_K < K)
+    id_TK = tl.load(ids_ptr + t_T * K + choice_K, mask=chosen, other=-1)
+    chosen = (id_TK >= 0) & (id_TK < A)  # no id leads outside of the row
+    dscore_TK = tl.load(grad_ptr + t_T * K + choice_K, mask=chosen, other=0.0)
+    chosen_TK = tl.load(logits_ptr + t_T * stride + id_TK, mask=chosen, other=-float("inf"))
+    score_TK = _score(chosen_TK, largest_T, total_T, SCORING)
     if RENORMALIZE != "none":
-        for n in range(K):
-            at_T, chosen_T, kept_T = _choice(
-                logits_ptr, ids_ptr, first_T, id_T, in_T, n, A, E, RENORMALIZE, NULL_RANGES
-            )
-            score_T = tl.where(kept_T, _score(chosen_T, largest_T, total_T, SCORING), 0.0)
-            kept_sum_T += score_T
-            kept_dot_T += score_T * tl.load(grad_ptr + id_T + n, mask=in_T, other=0.0)
-        # Nothing to divide by: then the weights are the scores, which are 0.
-        kept_dot_T = tl.where(kept_sum_T == 0.0, 0.0, kept_dot_T / tl.where(kept_sum_T == 0.0, 1.0, kept_sum_T))
-        kept_sum_T = tl.where(kept_sum_T == 0.0, 1.0, kept_sum_T)
+        kept = chosen
+        if RENORMALIZE == "real":
+            kept = kept & (id_TK < E)
+        if RENORMALIZE == "nonnull":
+            for i in tl.static_range(len(NULL_RANGES)):
+                kept = kept & ((id_TK < NULL_RANGES[i][0]) | (id_TK >= NULL_RANGES[i][1]))
+        kept_TK = tl.where(kept, score_TK, 0.0)
+        sum_T = tl.sum(kept_TK, 1, keep_dims=True)
+        divisor_T = tl.where(sum_T == 0.0, 1.0, sum_T)  # nothing to divide by: then the weights are the scores, all 0
+        shared_T = tl.sum(dscore_TK * kept_TK, 1, keep_dims=True) / divisor_T
+        dscore_TK = tl.where(kept, (dscore_TK - shared_T) / divisor_T, 0.0)
+    dscore_TK *= scaling
 
-    dscore_TA = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
-    dot_T = tl.zeros([BLOCK_T], dtype=tl.float32)
-    for n in range(K):
-        at_T, chosen_T, kept_T = _choice(logits_ptr, ids_ptr, first_T, id_T, in_T, n, A, E, RENORMALIZE, NULL_RANGES)
-        dscore_T = tl.load(grad_ptr + id_T + n, mask=in_T, other=0.0)
-        if RENORMALIZE != "none":
-            dscore_T = tl.where(kept_T, (dscore_T - kept_dot_T) / kept_sum_T, 0.0)
-        dscore_T *= scaling
-        if SCORING == "softmax":
-            dot_T += dscore_T * _score(chosen_T, largest_T, total_T, SCORING)
-        dscore_TA += tl.where(slot_A[None, :] == at_T[:, None], dscore_T[:, None], 0.0)
+    # First what each slot gets that was not chosen, then, over it, what the chosen ones get.
     if SCORING == "softmax":
-        dlogit_TA = _score(logit_TA, largest_T[:, None], total_T[:, None], SCORING) * (dscore_TA - dot_T[:, None])
-        dlogit_TA = tl.where(lost_T[:, None], float("nan"), dlogit_TA)
+        dot_T = tl.sum(tl.where(chosen, dscore_TK * score_TK, 0.0), 1, keep_dims=True)
+        dlogit_TA = -dot_T * _score(logit_TA, largest_T, total_T, SCORING)
+        dlogit_TK = (dscore_TK - dot_T) * score_TK
+        if_lost = float("nan")
     else:
-        dlogit_TA = tl.where(lost_T[:, None], 0.0, dscore_TA * _derivative(logit_TA, SCORING))
-        dlogit_TA = tl.where(logit_TA == logit_TA, dlogit_TA, float("nan"))
-    tl.store(out_ptr + t_T[:, None] * A + slot_A[None, :], dlogit_TA, mask=mask)
+        dlogit_TA = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
+        dlogit_TK = dscore_TK * _derivative(chosen_TK, SCORING)
+        if_lost = 0.0
+    dlogit_TA = tl.where(lost_T, if_lost, dlogit_TA)
+    dlogit_TA = tl.where(logit_TA == logit_TA, dlogit_TA, float("nan"))
+    tl.store(out_ptr + t_T * A + slot_A, dlogit_TA, mask=in_T & (slot_A < A))
+    tl.debug_barrier()
+    tl.store(out_ptr + t_T * A + id_TK, dlogit_TK, mask=chosen & (lost_T == 0))
 
 
 def grad_logits(
@@ -159,6 +144,7 @@ def grad_logits(
             null_ranges,
             block_t,
             block_a,
+            next_power_of_2(K),
             num_warps=4,
             **launch_options(logits_TA, T),
         )
