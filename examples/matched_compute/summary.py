@@ -311,6 +311,11 @@ def about(runs: Rows) -> str:
     )
 
 
+def picture(about: str, name: str) -> str:
+    """One of the plots, for the page."""
+    return f"\n\n![{about}](images/matched-{name}.png)"
+
+
 def fill(page: Path, parts: dict[str, str]) -> None:
     """Put each part between its two marks, `<!-- name -->` and `<!-- /name -->`."""
     text = page.read_text(encoding="utf-8")
@@ -357,11 +362,13 @@ def main(arguments: list[str] | None = None) -> None:
     draw(files, parsed.images)
     parts = {
         "about": about(runs),
-        "results": result_table(runs),
+        "results": result_table(runs) + picture("Held-out bits/byte by arm", "bits"),
         "differences": pair_table(runs),
-        "kinds": kind_table(kinds, "kind"),
+        "kinds": kind_table(kinds, "kind") + picture("FFN experts by kind of token", "kinds"),
         "fifths": kind_table(fifths, "fifth"),
         "tokens": token_table(runs),
+        "curves": picture("FFN experts a token over training", "experts")
+        + picture("Validation bits/byte", "validation"),
         "rates": rate_table(run_rows(runs), run_rows(others)),
     }
     fill(parsed.page, parts)
