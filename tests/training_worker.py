@@ -160,5 +160,7 @@ def start(target: Callable[..., None], *args: Any) -> Any:
 
 def ended(process: Any) -> int:
     process.join(300)
-    assert process.exitcode is not None, "a training run hangs"
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("a training run hangs")
     return process.exitcode
