@@ -7,6 +7,7 @@ import math
 from contextlib import contextmanager
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -117,6 +118,18 @@ def test_ffn_experts(drawn, tmp_path):
     (band,) = axes.collections
     corners = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices}
     assert {(10, 5.5 + 0.9), (10, 5.5 - 0.9), (40, 4.0 + 0.9), (40, 4.0 - 0.9)} <= corners
+
+
+def test_the_caption_fits(drawn, tmp_path):
+    write(
+        tmp_path, [records.run(device="a device with a very long name, of a very well known maker"), records.train(10)]
+    )
+    draw(tmp_path)
+    figure = drawn["loss.png"].figure
+    FigureCanvasAgg(figure).draw()
+    box = figure._supxlabel.get_window_extent()
+    assert "a very well known maker" in figure._supxlabel.get_text().replace("\n", " ")
+    assert box.x0 > 0 and box.x1 < figure.bbox.width
 
 
 def test_loss(drawn, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 METRICS, PLOTS = "metrics.jsonl", "plots"
 _MAIN, _AIM, _OTHER, _QUIET = "#cb4b48", "#555555", "#3b6fb6", "#777777"
+_CAPTION_CHARACTERS = 130  # what fits below a plot
 _IN_LEGEND = 8  # layers; of more, a colour bar tells which is which
 
 
@@ -118,7 +120,7 @@ def _axes(metrics: Metrics, path: Path) -> Iterator[Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
-    figure.supxlabel(headline(metrics.run), fontsize=6, color=_QUIET)
+    figure.supxlabel(textwrap.fill(headline(metrics.run), _CAPTION_CHARACTERS), fontsize=6, color=_QUIET)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=150, format="png")
     part.replace(path)  # whoever looks at the old picture meanwhile sees all of it
