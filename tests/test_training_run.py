@@ -187,7 +187,8 @@ def begun(whole, tmp_path) -> SimpleNamespace:
     """A copy of the run, as it was after step 8."""
     shutil.copytree(whole.out, tmp_path / "out")
     shutil.copy(whole.folder / "text.txt", tmp_path)
-    shutil.rmtree(tmp_path / "out" / "states" / "step-00000012")
+    for step in ("step-00000004", "step-00000012"):
+        shutil.rmtree(tmp_path / "out" / "states" / step)
     return SimpleNamespace(folder=tmp_path, out=tmp_path / "out", settings=settings_for(tmp_path, "out"))
 
 

@@ -68,7 +68,7 @@ def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 def whole_run(folder: Path) -> SimpleNamespace:
     """A run from its first step to its last, never stopped; what the others are compared with."""
-    settings, told = settings_for(folder, "out"), []
+    settings, told = settings_for(folder, "out", "run.keep=3"), []
     with one_thread():
         end = run.train(settings, resume=False, listener=told.append)
     return SimpleNamespace(folder=folder, out=folder / "out", settings=settings, told=told, end=end)
