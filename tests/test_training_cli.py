@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -114,6 +115,9 @@ def test_resume_shows_what_was_before(train, tmp_path, monkeypatch):
     remembered = []
     monkeypatch.setattr(View, "remember", lambda self, train, evals: remembered.extend([*train, *evals]))
     assert train("--resume")[0] == 0, "there is nothing before, and that is fine"
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "run" / "metrics.jsonl", tmp_path / "new")
+    assert train(out=tmp_path / "new")[0] == 0, "this begins anew: there is no state"
     assert remembered == []
     assert train("--resume")[0] == 0
     assert [(record["kind"], record["step"]) for record in remembered] == [

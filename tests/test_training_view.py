@@ -227,14 +227,14 @@ def test_the_time_left_runs_down(terminal):
 def test_a_resumed_run_goes_on_with_its_course(terminal):
     """What it did after the state that it goes on from, the first time, isn't shown twice."""
     given = list(records.whole())
-    train, evals = ([r for r in given if r["kind"] == kind] for kind in ("train", "eval"))
+    train = [record for record in given if record["kind"] == "train"]
     again = records.train(30, loss=2.0)
     view = LiveView(open_console(terminal))
-    view.remember(train, [*evals, records.evaluation(40, True, 0.5)])
+    scores = (10, True, 1.625), (20, False, 1.75), (40, True, 0.5)
+    view.remember(train, [records.evaluation(*score) for score in scores])
     shown = rows(show(view, [records.run(step=20), again, records.evaluation(30, False, 1.75)]))
     assert shown["loss"].startswith("2.000 █▇▁ ")
-    assert shown["held-out"] == "1.750 bits/byte, loss 3.500 at step 30; best 1.625 at step 20"
-    view.remember([records.train(10, loss=None)], [])
+    assert shown["held-out"] == "1.750 bits/byte, loss 3.500 at step 30; best 1.625 at step 10"
 
 
 def rows_now(view) -> dict[str, str]:

@@ -254,7 +254,7 @@ class LiveView(View):
             self._live.refresh()
 
     def remember(self, train: Sequence[Record], evals: Sequence[Record]) -> None:
-        self._losses = [(record["step"], math.nan if record["loss"] is None else record["loss"]) for record in train]
+        self._losses = [(record["step"], record["loss"]) for record in train]
         self._bests = [record for record in evals if record["best"]]
 
     def _frame(self) -> Group | Text:
