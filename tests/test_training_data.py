@@ -132,11 +132,14 @@ def test_a_full_disk_leaves_no_half_cache(tmp_path, monkeypatch):
 def test_every_token_once_an_epoch(train):
     rows = Rows(corpus(train).train, 8, seed=3)
     assert rows.an_epoch == (train - 1) // 8 - 1
-    for epoch in range(3):
+    begins = set()
+    for epoch in range(5):
         inputs, targets = rows.batch(epoch * rows.an_epoch, rows.an_epoch)
+        begins.add(int(inputs.min()))
         assert torch.equal(inputs + 1, targets) and inputs.dtype == torch.int64
         seen = targets.flatten().sort().values
         assert torch.equal(seen, torch.arange(int(seen[0]), int(seen[0]) + len(seen))) and seen[-1] < train
+    assert len(begins) > 2 and max(begins) < 8
 
 
 def test_rows_depend_on_their_number_and_the_seed_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from zemoe.checkpoint import verify
 from zemoe.cli import main
 from zemoe.generate import EMBEDDED
 from zemoe.integrations.transformers import load_model
-from zemoe.training import run, train
+from zemoe.training import export, run, train
 from zemoe.training.model import start_folder
 from zemoe.training.settings import SettingsError, make
 
@@ -77,11 +78,22 @@ def test_bfloat16_export_keeps_the_router(tmp_path):
     assert load_model(tmp_path / "out" / "export").dtype == torch.bfloat16
 
 
-def test_an_export_is_not_lost(whole, tmp_path):
+def test_an_export_is_not_lost(whole, tmp_path, monkeypatch):
     """A process may end when the old one has been moved away and the new one is not in its place."""
-    shutil.copytree(whole.out, tmp_path / "out")
+    out = tmp_path / "out"
+    shutil.copytree(whole.out, out)
     shutil.copy(whole.folder / "text.txt", tmp_path)
-    (tmp_path / "out" / "export").rename(tmp_path / "out" / ".export.old")
+    rename = Path.rename
+
+    def dies(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", dies)
+        export._swap(out / "new.part", out / "export")
+    assert not (out / "export").exists()
     end = train(settings_for(tmp_path, "out"), resume=True, listener=lambda _: None)
     assert end["export"] is not None and verify(end["export"])
 
