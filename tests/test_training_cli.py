@@ -187,6 +187,10 @@ def test_settings_of_a_run_come_back(tmp_path, monkeypatch):
     (tmp_path / "settings.json").rename(default / "settings.json")
     monkeypatch.chdir(tmp_path)
     assert settings_of(TrainRequest(resume=True)) == odd
+    for content, said in (("[]", "no sections"), ('{"train": 1}', "must be a section"), ("{", "--resume needs")):
+        (default / "settings.json").write_text(content)
+        with pytest.raises(SettingsError, match=f"settings.json: .*{said}"):
+            settings_of(TrainRequest(resume=True))
     with pytest.raises(SettingsError, match="--resume needs"):
         settings_of(TrainRequest(resume=True, out=str(tmp_path / "nowhere")))
 

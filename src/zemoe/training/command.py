@@ -17,7 +17,7 @@ from .. import __version__
 from ..checkpoint import CheckpointError
 from ..generate import CommandError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
-from .settings import RunSettings, Settings, SettingsError, read
+from .settings import RunSettings, Settings, SettingsError, make, read
 from .state import StateError
 from .view import View, headline, number, open_view, training_line
 
@@ -94,11 +94,14 @@ def _overrides(tables: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _stored(out: Path) -> dict[str, dict[str, Any]]:
     path = out / "settings.json"
     try:
-        return json.loads(path.read_bytes())
+        stored = json.loads(path.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("no sections in it")
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path}: not readable ({error}); --resume needs --config, or --from and --data, where there is no run yet"
         ) from None
+    return make(stored, str(path)).as_dict()
 
 
 def run(request: TrainRequest, out: Console, as_json: bool) -> int:
