@@ -197,8 +197,26 @@ def test_router_opcheck(device: str) -> None:
     torch.library.opcheck(OPS.router_logits_backward.default, (grad, x.detach(), weight.detach(), [True, False]))
 
 
-def test_no_second_derivative(device: str) -> None:
-    logits = random_logits(2).to(device).requires_grad_()
-    first = torch.autograd.grad(select(logits)[0].square().sum(), logits, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
+@pytest.mark.parametrize("scoring_func", SCORINGS)
+@pytest.mark.parametrize("renormalize", ["none", "real", "nonnull"])
+def test_second_derivatives(scoring_func: str, renormalize: str, device: str) -> None:
+    """Of the selection and of the product, as the layer's other backends have them: by torch."""
+    x, weight = torch.randn(3, 16, device=device).to(DTYPE), 0.5 * torch.randn(A, 16, device=device)
+    rules = {"scoring_func": scoring_func, "renormalize": renormalize, "routed_scaling_factor": 2.5}
+    kinds = KINDS if renormalize == "nonnull" else (("identity", A - E),)
+
+    def second(x: Tensor, weight: Tensor, ids: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ids is None:
+            weights, ids = select(router_logits(*leaves), **rules)
+        else:
+            logits = leaves[0] @ leaves[1].T
+            chosen = reference.select(logits, K, num_experts=E, zero_expert_kinds=kinds, ids_TK=ids, **rules)
+            weights = chosen.topk_weights_TK
+        first = torch.autograd.grad(weights.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves), ids
+
+    found, ids = second(x, weight, None)
+    exact, _ = second(x.cpu().double(), weight.cpu().double(), ids.cpu())
+    for grad, wanted in zip(found, exact, strict=True):
+        assert (grad.cpu().double() - wanted).norm() < 4 * torch.finfo(DTYPE).eps * wanted.norm()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops import define, without_autocast
-from .ops_triton import flat, implements, no_second_derivative, pairs, with_rows
+from .ops_triton import flat, implements, pairs, with_rows
 
 MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -82,13 +82,16 @@ def _router_logits_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -
 
 
 def _router_logits_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad)
-    found = torch.ops.zemoe.router_logits_backward(grad, *ctx.saved_tensors, needs)
+    needs, (x, weight) = list(ctx.needs_input_grad), ctx.saved_tensors
+    if torch.is_grad_enabled():  # a second derivative may follow, which torch knows
+        with without_autocast(x.device):
+            found = (grad @ weight).to(x.dtype), grad.T @ x.float()
+    else:
+        found = torch.ops.zemoe.router_logits_backward(grad, x, weight, needs)
     return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
 
 
 torch.library.register_autograd("zemoe::router_logits", _router_logits_autograd, setup_context=_router_logits_context)
-torch.library.register_autograd("zemoe::router_logits_backward", no_second_derivative)
 
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
@@ -171,16 +174,23 @@ def _select_experts_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -
 
 
 def _select_experts_autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dlogits = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        dlogits = torch.ops.zemoe.select_experts_backward(grad, *ctx.saved_tensors, *ctx.rules)
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 10
+    logits, ids = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a second derivative may follow, which torch knows
+        from .routing import weights_of
+
+        *rules, null_ranges = ctx.rules
+        weights = weights_of(logits, ids, *rules, null_ranges=pairs(null_ranges))
+        (dlogits,) = torch.autograd.grad(weights, logits, grad, create_graph=True)
+    else:
+        dlogits = torch.ops.zemoe.select_experts_backward(grad, logits, ids, *ctx.rules)
     return dlogits, *(None,) * 9
 
 
 torch.library.register_autograd(
     "zemoe::select_experts", _select_experts_autograd, setup_context=_select_experts_context
 )
-torch.library.register_autograd("zemoe::select_experts_backward", no_second_derivative)
 
 
 def select_experts(

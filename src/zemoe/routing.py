@@ -6,7 +6,7 @@ Everything here computes in float32, whatever the dtype of the hidden states (SP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -104,17 +104,33 @@ def _null_ranges(kinds: ZeroExpertKinds, num_experts: int) -> list[tuple[int, in
     return ranges
 
 
-def _renormalize(weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int, kinds: ZeroExpertKinds) -> Tensor:
+def _renormalize(
+    weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int, null_ranges: Sequence[tuple[int, int]]
+) -> Tensor:
     if mode == "none":
         return weights_TK
     # Dropped by multiplication, not by filling, so that a lost token's NaN stays.
     if mode == "real":
         weights_TK = weights_TK * (ids_TK < num_experts)
     elif mode == "nonnull":
-        for first, stop in _null_ranges(kinds, num_experts):
+        for first, stop in null_ranges:
             weights_TK = weights_TK * ((ids_TK < first) | (ids_TK >= stop))
     total_T1 = weights_TK.sum(-1, keepdim=True)
     return weights_TK / torch.where(total_T1 == 0, 1.0, total_T1)
+
+
+def weights_of(
+    logits_TA: Tensor,
+    ids_TK: Tensor,
+    num_experts: int,
+    scoring: str,
+    mode: str,
+    scaling: float,
+    null_ranges: Sequence[tuple[int, int]],
+) -> Tensor:
+    """[T, K]: the weights of chosen slots, of float32 logits, differentiable any number of times."""
+    scores_TK = SCORES[scoring](logits_TA).gather(1, ids_TK)
+    return scaling * _renormalize(scores_TK, ids_TK, mode, num_experts, null_ranges)
 
 
 def select_experts(
@@ -198,7 +214,7 @@ def select_experts(
         choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
         choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
     ids_TK = ops.topk_ids(choice_TA, logits_TA.detach(), top_k)
-    weights_TK = _renormalize(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, kinds)
+    weights_TK = _renormalize(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, _null_ranges(kinds, num_experts))
     if routed_scaling_factor != 1.0:
         weights_TK = weights_TK * routed_scaling_factor
     return weights_TK, ids_TK
