@@ -222,6 +222,28 @@ def test_no_second_derivative(device: str) -> None:
     (first,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(first.sum(), leaves["x"])
+    # Also where the graph of the first is not kept: then nobody may just be told that there is nothing.
+    leaves, rest = leaves_of(FEW, device)
+    out = compute(FEW, leaves, rest)
+    (first,) = torch.autograd.grad(out.sum(), leaves["x"], create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.usefixtures("pointers")
+def test_no_gradient_comes(device: str) -> None:
+    class Blocks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None
+
+    leaves, rest = leaves_of(FEW, device)
+    Blocks.apply(compute(FEW, leaves, rest)).sum().backward()
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves.values())
 
 
 @pytest.mark.usefixtures("pointers")

@@ -278,14 +278,17 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.activation = activation
 
 
-def _autograd(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # nothing comes from there, and nobody makes zeros of it
+        return (None,) * 16
     *tensors, preact = ctx.saved_tensors
     tensors.insert(6, ctx.block_m)
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 7, 8, 9, 10, 11)]
     # The gradient takes the place of what was saved, as long as nobody comes back for it: with retain_graph somebody
-    # may, and a graph that is being traced (of anything but plain tensors) knows by itself when memory is free.
+    # may, or for a second derivative, which only the operator that writes nothing refuses; and a graph that is being
+    # traced (of anything but plain tensors) knows by itself when memory is free.
     keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
-    kept = keeps() or type(preact) is not Tensor
+    kept = keeps() or torch.is_grad_enabled() or type(preact) is not Tensor
     if kept and ctx.main_grads == (None, None):
         found = torch.ops.zemoe.moe_ffn_tiles_backward(grad, *tensors, preact, ctx.activation, wanted)
     else:
