@@ -88,16 +88,17 @@ def test_frozen_weights_stay_out(device: str) -> None:
     [
         lambda w: torch.zeros(3, device=w.device),
         lambda w: torch.zeros_like(w, dtype=torch.int32),
+        lambda w: torch.zeros_like(w, dtype=torch.float64),
         lambda w: torch.zeros_like(w).mT.contiguous().mT,
         lambda w: torch.zeros_like(w).requires_grad_(),
         lambda w: "here",
     ],
-    ids=["shape", "dtype", "strides", "requires_grad", "no_tensor"],
+    ids=["shape", "dtype", "float64", "strides", "requires_grad", "no_tensor"],
 )
 def test_what_nothing_can_be_added_to(spoil, device: str) -> None:
     inputs = leaves(device)
     inputs.w2.main_grad = spoil(inputs.w2)
-    with pytest.raises(ValueError, match=r"w2\.main_grad must be a contiguous float tensor of shape"):
+    with pytest.raises(ValueError, match=r"w2\.main_grad must be a contiguous tensor of shape .* of a dtype of"):
         run(CASE, inputs, "triton")
 
 
@@ -110,6 +111,35 @@ def test_who_does_not_know_them(device: str) -> None:
         run(CASE, inputs, "torch")  # nothing is trained
     with pytest.raises(Exception, match="not in compiled code"):
         torch.compile(lambda: run(CASE, inputs, "triton"), backend="eager", fullgraph=True)()
+
+
+def test_weights_made_of_others_are_refused(device: str) -> None:
+    """What they were made of would miss its gradient, and nobody would be told."""
+    inputs = leaves(device)
+    inputs = inputs._replace(w13=2 * inputs.w13)
+    inputs.w13.main_grad = torch.zeros_like(inputs.w13.detach(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="of parameters"):
+        run(CASE, inputs, "triton")
+
+
+def test_no_second_derivative(device: str) -> None:
+    inputs = leaves(device)
+    inputs.w13.main_grad = torch.zeros_like(inputs.w13, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(run(CASE, inputs, "triton").sum(), inputs.x_TH, create_graph=True)
+    assert not inputs.w13.main_grad.any()
+
+
+def test_used_twice(device: str) -> None:
+    usual, ours = leaves(device), leaves(device)
+    ours.w13.main_grad = torch.zeros_like(ours.w13, dtype=torch.float32)
+    for inputs in (usual, ours):
+        out = run(CASE, inputs, "triton")
+        out = run(CASE, inputs._replace(x_TH=out), "triton")
+        out.backward(upstream(out))
+    wanted = usual.w13.grad.float()
+    assert (ours.w13.main_grad - wanted).norm() < 2 * torch.finfo(DTYPE).eps * wanted.norm()
+    assert_bitwise(ours.x_TH.grad.cpu(), usual.x_TH.grad.cpu())
 
 
 def test_autocast_is_refused(device: str) -> None:

@@ -18,6 +18,7 @@ from .config import ZeroExpertKinds, check_count, expand_kinds
 from .plan import RoutingPlan, make_plan
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAIN_GRADS = (torch.float32, torch.bfloat16, torch.float16)  # more than float32 sums have is nothing to add to
 _ALL_HIGHER_IDS = 2**31 - 1
 
 
@@ -255,7 +256,7 @@ def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
         main = getattr(weight, "main_grad", None)
         if main is not None and not (
             isinstance(main, Tensor)
-            and main.is_floating_point()
+            and main.dtype in _MAIN_GRADS
             and main.shape == weight.shape
             and main.device == weight.device
             and main.is_contiguous()
@@ -263,20 +264,25 @@ def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
         ):
             got = f"{main.dtype} {tuple(main.shape)} on {main.device}" if isinstance(main, Tensor) else repr(main)
             raise ValueError(
-                f"{name}.main_grad must be a contiguous float tensor of shape {tuple(weight.shape)} on {weight.device} "
-                f"without requires_grad, got {got}"
+                f"{name}.main_grad must be a contiguous tensor of shape {tuple(weight.shape)} on {weight.device}, of a "
+                f"dtype of {_MAIN_GRADS}, without requires_grad, got {got}"
             )
         found.append(main)
     return found[0], found[1]
 
 
-def _check_main_grads(backend: str, *, kept: bool) -> None:
-    """ValueError unless the backend adds gradients to main_grad; kept: w13 and w2 are used as they were given."""
+def _check_main_grads(backend: str, *, kept: bool, leaves: bool) -> None:
+    """ValueError unless the backend adds gradients to main_grad.
+
+    kept: w13 and w2 are used as they were given. leaves: those with a main_grad are no results of other tensors.
+    """
     what = "w13.main_grad and w2.main_grad are filled by the backend 'triton' alone"
     if backend != "triton":
         raise ValueError(f"{what}, and this layer runs on {backend!r}; remove the attributes")
     if not kept:
         raise ValueError(f"{what}, of weights in the dtype that is computed in, and autocast casts them")
+    if not leaves:
+        raise ValueError(f"{what}, of parameters: a weight made of other tensors would pass no gradient on to them")
     if torch.compiler.is_compiling():
         raise ValueError(f"{what}, and not in compiled code; remove the attributes or don't compile the layer")
 
@@ -340,8 +346,9 @@ def fused_experts(
     Args:
         hidden_states: [..., H], float32, bfloat16, float16 or float64.
         w13: [E, 2I, H], gate rows first, of the same dtype. w2: [E, H, I], likewise. With an attribute `main_grad`, a
-            float tensor of its shape, a weight's gradient is added to that, in float32 sums rounded once to its dtype,
-            and `.grad` stays as it is (backend "triton", not compiled).
+            float32 or 16-bit tensor of its shape, a parameter's gradient is added to that, in float32 sums rounded once
+            to its dtype, and `.grad` stays as it is (backend "triton", not compiled): by every backward that passes,
+            one of torch.autograd.grad with respect to other tensors included. Hooks of the parameter see None.
         topk_weights: [T, K] float, computed in float32 (float64 with float64 hidden states); T is the product of
             the leading sizes.
         topk_ids: [T, K] int32 or int64. Ids 0..E-1 are FFN experts, from E on zero-computation experts, -1 is skipped.
@@ -404,7 +411,8 @@ def fused_experts(
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
     if trained and main_grads != (None, None):
-        _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1])
+        leaves = all(main is None or weight.is_leaf for weight, main in zip(given, main_grads, strict=True))
+        _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1], leaves=leaves)
     whole = chosen.train if trained else chosen.infer
     if whole is not None:
         return whole(call).view(hidden_states.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def implements(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def no_second_derivative(ctx, *grads: Tensor) -> None:
+def no_second_derivative(ctx, *grads: Tensor) -> NoReturn:
     """What the backward of a backward does."""
     raise RuntimeError("the triton backend has no second derivative, its backward is written out; use backend='torch'")
 
@@ -289,6 +290,8 @@ def _autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None
     # traced (of anything but plain tensors) knows by itself when memory is free.
     keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
     kept = keeps() or torch.is_grad_enabled() or type(preact) is not Tensor
+    if torch.is_grad_enabled() and ctx.main_grads != (None, None):  # that operator can't refuse it later
+        no_second_derivative(ctx)
     if kept and ctx.main_grads == (None, None):
         found = torch.ops.zemoe.moe_ffn_tiles_backward(grad, *tensors, preact, ctx.activation, wanted)
     else:
