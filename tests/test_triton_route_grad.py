@@ -14,7 +14,9 @@ from zemoe import reference
 from zemoe.routing import router_logits
 
 pytest.importorskip("triton")
+from test_triton_guard import Fence, same_in_both
 from zemoe import ops_triton, ops_triton_routing
+from zemoe.kernels.triton.route_grad import grad_logits
 
 pytestmark = [
     pytest.mark.triton,
@@ -148,6 +150,38 @@ def test_ids_of_nobody(device: str) -> None:
     masked[:, 2], masked[:, 4], fewer[:, 2], fewer[:, 4] = -1, 2**40, 0.0, 0.0
     found = OPS.select_experts_backward(dweights, logits, masked, E, "softmax", "none", 1.0, [])
     assert_bitwise(found, OPS.select_experts_backward(fewer, logits, ids, E, "softmax", "none", 1.0, []))
+
+
+@pytest.mark.parametrize(("T", "slots", "k"), [(3, 1, 1), (7, 24, 5), (2, 300, 32), (0, 5, 2)])
+@pytest.mark.parametrize("renormalize", ["none", "nonnull"])
+def test_inside_fences(T: int, slots: int, k: int, renormalize: str, device: str) -> None:
+    """See test_triton_guard: between guard bands, with rows apart and ids that lead outside."""
+    generator = torch.Generator().manual_seed(0)
+    logits, grad = torch.randn(T, slots, generator=generator), torch.randn(T, k, generator=generator)
+    ids = (
+        torch.stack([torch.randperm(max(slots, k), generator=generator)[:k] for _ in range(T)])
+        if T
+        else torch.empty(0, k, dtype=torch.int64)
+    )
+    wild = torch.tensor([-1, slots, 2**31, -(2**63), 2**63 - 1, 2**32])
+    ids.view(-1)[: len(wild)] = wild[: ids.numel()]
+
+    def run(fence: Fence) -> list[Tensor | None]:
+        made = grad_logits(
+            fence.around(grad),
+            fence.around(logits, gap=3),
+            fence.around(ids),
+            num_experts=slots // 2,
+            scoring="softmax",
+            renormalize=renormalize,
+            scaling=2.0,
+            null_ranges=((slots // 2, slots // 2 + 1),),
+        )
+        fence.check("grad_logits", made)
+        return [made]
+
+    (made,) = same_in_both(run, device)
+    assert made.isfinite().all()
 
 
 def test_selection_opcheck(device: str) -> None:
