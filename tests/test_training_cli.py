@@ -379,7 +379,7 @@ def _blocks(pages: list[str]) -> list[str]:
 def test_the_live_view_and_ctrl_c(on_terminal, checkpoint, text, tmp_path, capsys):  # noqa: F811
     sets = [part for change in (*SMALL[1:3], "run.log_every=1") for part in ("--set", change)]
     arguments = ["--from", checkpoint, "--data", text, "--out", tmp_path / "run", *sets]
-    session = on_terminal("train", *arguments, "--set", "train.steps=100000")
+    session = on_terminal("train", *arguments, "--set", "train.steps=100000", OMP_NUM_THREADS="1")
     session.read_until(r"FFN experts.*K_e")
     os.write(session.fd, b"\x03")
     assert session.finish() == 130
