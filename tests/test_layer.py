@@ -131,10 +131,11 @@ class TestValues:
 
     def test_backend_is_the_one_that_was_named(self):
         x = tokens()
-        default, torch_one, unknown = block(), block(options={"backend": "torch"}), block(options={"backend": "none"})
-        torch.testing.assert_close(torch_one(x), default(x))
-        with pytest.raises(ValueError, match="backend"):
-            unknown(x)
+        torch.testing.assert_close(block(options={"backend": "torch"})(x), block()(x))
+        with pytest.raises(ValueError, match="backend 'triton' needs a device"):
+            block(options={"backend": "triton"})(x)
+        with pytest.raises(ValueError, match="backend must be one of"):
+            block(options={"backend": "none"})
 
     def test_gating_residual(self):
         layer = block(options={"gating_residual": True})

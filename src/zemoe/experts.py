@@ -174,6 +174,12 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def check_backend(name: str | None) -> None:
+    """Raise ValueError for a name that is not in BACKENDS."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
+
+
 def resolve_backend(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -192,8 +198,7 @@ def resolve_backend(
         ValueError: for an unknown name, or one that cannot work there, with the reason.
     """
     device_type = torch.device(device).type
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
+    check_backend(name)
     reasons = []
     for backend in BACKENDS.values() if name is None else (BACKENDS[name],):
         needs = f"backend {backend.name!r} needs"

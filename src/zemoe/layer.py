@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
 from .config import MoEConfig
-from .experts import fused_experts, moe_activation
+from .experts import check_backend, fused_experts, moe_activation
 from .routing import Router, Routing
 
 
@@ -100,6 +100,7 @@ class MoE(nn.Module):
         super().__init__()
         check_kinds(config.zero_expert_kinds)
         moe_activation(config.activation)
+        check_backend(backend)
         self.config = config
         self.backend = backend
         self.router = Router(
