@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from zemoe.kernels.triton.backward import moe_ffn_backward
 from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.forward import moe_ffn
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.route import select_experts
+from zemoe.kernels.triton.route_grad import grad_logits
 from zemoe.kernels.triton.router import Way, router_logits
-from zemoe.kernels.triton.tiles import schedule
+from zemoe.kernels.triton.tiles import backward_schedule, schedule
 
 NAN, INF = float("nan"), float("inf")
 KINDS = ((CONSTANT, 1), (IDENTITY, 1), (SCALED, 1), (ZERO, 1))
@@ -59,12 +61,16 @@ def edges(T: int, K: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many: bool = False, shift: int = 0) -> None:
-    """The plan both ways and the layer, over all edges, the last token with a NaN. many: tiles as for many tokens."""
+    """The plan both ways, the layer and its backward, over all edges, the last token with a NaN.
+
+    many: tiles as for many tokens.
+    """
     x = normal(T, H, dtype=torch.bfloat16)
     x[-1, -1] = NAN
     w13 = normal(E * 2 * I * H + shift, dtype=torch.bfloat16)[shift:].view(E, 2 * I, H)
     w2 = normal(E * H * I + shift, dtype=torch.bfloat16)[shift:].view(E, H, I)
     weights, value, how = normal(T, K), normal(1, H), schedule(block_m, 10**6 if many else T, K, w13, w2)
+    dout, back = normal(T, H, dtype=torch.bfloat16), backward_schedule(block_m, w13, w2)
     for edge, ids in edges(T, K):
         for most_compared in (0, 10**9):
             *plan, alpha, beta = prepare(
@@ -81,6 +87,17 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
             )
         out = moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how)
         check(out, {T - 1})
+        for into in ((None, None), (torch.zeros_like(w13, dtype=torch.float32), torch.zeros_like(w2))):
+            preact = x.new_empty(T * K, 2 * I)
+            moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, preact)
+            dx, dweights, *_ = moe_ffn_backward(
+                dout, x, weights, *plan[:3], plan[3][-1], w13, w2, alpha, preact, "silu", (True,) * 5, back, into,
+                overwrite=into[0] is None,
+            )  # fmt: skip
+            assert dx is not None
+            assert dweights is not None
+            check(dx, {T - 1})
+            check(dweights[:-1], set())
         print(f"experts: {what}, T={T} H={H} I={I} K={K} block_m={block_m}: {edge}")
 
 
@@ -92,6 +109,12 @@ def routing(A: int, K: int, **rules) -> None:
     check(weights, {1, 2, 3})
     assert ids.min() >= 0
     assert ids.max() < A
+    same = {name: rules[name] for name in ("scoring", "renormalize") if name in rules}
+    for given in (ids, ids.clone().fill_(2**40), -ids):
+        grad = grad_logits(normal(7, K), logits, given, **{
+            "num_experts": A // 2, "scoring": "softmax", "renormalize": "none", "scaling": 1.0, **same
+        })  # fmt: skip
+        assert grad[[0, 4, 5, 6]].isfinite().all()
     print(f"routing: A={A} K={K}, NaN, inf and -inf, {', '.join(rules) or 'plain'}")
 
 
