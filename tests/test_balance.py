@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from judge import judge
 from zemoe import MoE, MoEConfig, Routing, observe, reference, select_experts
 from zemoe.balance import ffn_experts_per_token, longcat_balance_loss, slot_counts, update_longcat_bias_
-from zemoe.routing import SCORES
+from zemoe.scores import SCORES
 
 E, Z, K = 8, 4, 3
 A = E + Z

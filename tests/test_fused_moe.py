@@ -12,7 +12,7 @@ from torch import nn
 from judge import assert_bitwise, judge
 from layers import BASE, MIXED, A, Classifier, E, H, K, Z, base_layer, fill, judge_layer, rules, tokens, zero_layer
 from zemoe import ZeroExpertFusedMoE, observe, reference, select_experts
-from zemoe.routing import SCORES
+from zemoe.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

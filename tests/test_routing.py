@@ -10,7 +10,7 @@ from torch import nn
 
 from judge import assert_bitwise, check_selection, judge
 from zemoe import reference, select_experts
-from zemoe.routing import SCORES
+from zemoe.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

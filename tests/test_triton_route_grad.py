@@ -122,8 +122,8 @@ def test_masked_slots_and_lost_tokens(scoring_func: str, renormalize: str, devic
     dweights = torch.randn(7, K, generator=torch.Generator().manual_seed(5))
     rules = {"scoring_func": scoring_func, "renormalize": renormalize}
     found, ids = grad_of(logits.to(device), dweights.to(device), **rules)
-    scores_of, leaf = zemoe.routing.SCORES[scoring_func], logits.clone().requires_grad_()
-    weights = zemoe.routing._renormalize(scores_of(leaf).gather(1, ids.cpu()), ids.cpu(), renormalize, E, ())
+    scores_of, leaf = zemoe.scores.SCORES[scoring_func], logits.clone().requires_grad_()
+    weights = zemoe.scores.renormalized(scores_of(leaf).gather(1, ids.cpu()), ids.cpu(), renormalize, E, ())
     expected = torch.autograd.grad(weights, leaf, dweights)[0]
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6, equal_nan=True)
     assert found[[0, 1, 2, 6]].isfinite().all()

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import check_count
-from .routing import SCORES, Routing, check_scoring
+from .routing import Routing
+from .scores import SCORES, check_scoring
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

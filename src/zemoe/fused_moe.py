@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .affine import AffineParams, check_kinds, count_kind
 from .config import MoEConfig, ZeroExpertKinds, check_count, expand_kinds
 from .experts import fused_experts, moe_activation
-from .routing import Routing, Selector, check_scoring
+from .routing import Routing, Selector
+from .scores import check_scoring
 
 # Arguments of engines' FusedMoE that zemoe has no use for: neutral values, and what to do instead of another one.
 _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .ops import define, without_autocast
 from .ops_triton import flat, implements, pairs, with_rows
+from .scores import weights_of
 
 MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # what it knows
 
 # --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
 
@@ -178,8 +179,6 @@ def _select_experts_autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tupl
         return (None,) * 10
     logits, ids = ctx.saved_tensors
     if torch.is_grad_enabled():  # a second derivative may follow, which torch knows
-        from .routing import weights_of
-
         *rules, null_ranges = ctx.rules
         weights = weights_of(logits, ids, *rules, null_ranges=pairs(null_ranges))
         (dlogits,) = torch.autograd.grad(weights, logits, grad, create_graph=True)
