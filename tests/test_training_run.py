@@ -272,3 +272,24 @@ def test_not_a_number(begun, monkeypatch, when):
         train(settings, resume=True, listener=told.append)
     assert told[-1]["kind"] == "end" and told[-1]["reason"] == "diverged"
     assert state.steps(begun.out / "states") == [8]
+
+
+def test_one_process_a_folder(tmp_path):
+    """The second one is refused while the first one trains, and leaves its run alone."""
+    settings, refused = settings_for(tmp_path, "run"), []
+
+    def meanwhile(record):
+        if record["kind"] == "train" and record["step"] == 2:
+            before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+            with pytest.raises(SettingsError, match=r"run\.out: another process is training in .*run"):
+                train(settings, resume=True, listener=refused.append)
+            assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+    assert train(settings, resume=False, listener=meanwhile)["reason"] == "finished" and not refused
+    train(settings, resume=True, listener=refused.append)  # free again
+
+
+def test_a_budget_out_of_reach_changes_nothing(tmp_path):
+    with pytest.raises(SettingsError, match=r"train\.ffn_experts must be above 0 and below K=3"):
+        train(settings_for(tmp_path, "run", "train.ffn_experts=5"), resume=False, listener=print)
+    assert not any((tmp_path / "run" / name).exists() for name in ("settings.json", "metrics.jsonl", "states"))

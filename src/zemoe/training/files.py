@@ -13,7 +13,7 @@ from transformers import LongcatFlashConfig
 from . import data, state
 from .data import END_OF_TEXT, Corpus
 from .export import recover
-from .model import end_of, new_config, read_start, start_folder
+from .model import end_of, new_config, read_start, start_folder, wanted_ffn_experts
 from .parallel import Ranks
 from .settings import Settings, SettingsError
 from .state import Reader, StateError
@@ -44,13 +44,23 @@ class Files(AbstractContextManager["Files"]):
         """Settings as they are now, and metrics.jsonl without what a run wrote after the state that it goes on from."""
         if self.writes:
             with self.writing("settings.json or metrics.jsonl"):
-                recover(self.export)
-                state.write_json(self.out / "settings.json", settings.as_dict())
                 path = self.out / "metrics.jsonl"
                 path.touch()
                 self._metrics = path.open("r+b")
+                self._claim(self._metrics)
+                recover(self.export)
+                state.write_json(self.out / "settings.json", settings.as_dict())
                 self._metrics.truncate(min(metrics_bytes, path.stat().st_size))
                 self._metrics.seek(0, 2)
+
+    def _claim(self, metrics: IO[bytes]) -> None:
+        """Hold the folder until this process ends, however it does; SettingsError if another one holds it."""
+        import fcntl
+
+        try:
+            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"run.out: another process is training in {self.out}; choose another folder") from None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -70,9 +80,12 @@ class Files(AbstractContextManager["Files"]):
 
 @dataclass(frozen=True)
 class Prepared:
-    """config: of the model. start: the folder of its first weights, or None. reader: of the state to go on from."""
+    """config: of the model. ffn_experts: K_e. start: the folder of its first weights, or None. reader: of the state to
+    go on from.
+    """
 
     config: LongcatFlashConfig
+    ffn_experts: float
     start: Path | None
     corpus: Corpus
     reader: Reader | None
@@ -146,6 +159,7 @@ def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool)
     if reader is not None and corpus.fingerprint != reader.about["corpus"]:
         raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
     config = config or new_config(settings.model, data.load_tokenizer(files.tokenizer), context)
+    ffn_experts = wanted_ffn_experts(config, settings.train.ffn_experts)
     corpus.check(context, config.vocab_size)
     files.begin(settings, reader.about["metrics_bytes"] if reader is not None else 0)
-    return Prepared(config, start, corpus, reader)
+    return Prepared(config, ffn_experts, start, corpus, reader)

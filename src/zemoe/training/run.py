@@ -23,7 +23,7 @@ from ..statistics import RoutingTally
 from .data import IGNORE, Rows
 from .export import export
 from .files import Files, Prepared, prepare
-from .model import build, checkpoint_activations, companions, count_parameters, wanted_ffn_experts
+from .model import build, checkpoint_activations, companions, count_parameters
 from .optimizer import Optimizer, rate
 from .parallel import Ranks, ranks
 from .settings import Settings
@@ -98,7 +98,7 @@ class Trainer:
         self.settings, self.ranks, self.files, self.stop, self.listener = settings, processes, files, stop, listener
         self.corpus = prepared.corpus
         config, train, reader = prepared.config, settings.train, prepared.reader
-        self.K_e = wanted_ffn_experts(config, train.ffn_experts)
+        self.K_e = prepared.ffn_experts
         self.E, self.Z, self.K = config.n_routed_experts, config.zero_expert_num or 0, config.moe_topk
         self.companions = companions(settings, prepared.start)
         self.model = build(config, train.seed, prepared.start if reader is None else None)
