@@ -398,3 +398,12 @@ class TestRefusals:
 
     def test_groups_of_one_without_a_bias(self):
         check(logits_of(9), 3, num_expert_group=24, topk_group=3, **self.GOOD)
+
+
+def test_a_bias_of_no_ffn_experts():
+    """One number an FFN expert is none where there are none: as without a bias."""
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    rules = {"num_experts": 0, "zero_expert_kinds": (("identity", 3),)}
+    found = select_experts(logits, 2, e_score_correction_bias=torch.zeros(0), **rules)
+    for one, other in zip(found, select_experts(logits, 2, **rules), strict=True):
+        assert torch.equal(one, other)

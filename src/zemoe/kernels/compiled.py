@@ -25,11 +25,13 @@ def _has_safe_threads() -> bool:
     return False
 
 
+_FORMS = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}
+
+
 class _Memory:
     """A tensor's memory in the form that numpy looks for."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        form = {"float32": "<f4", "bfloat16": "<u2", "int64": "<i8"}[str(tensor.dtype).removeprefix("torch.")]
+    def __init__(self, tensor: Tensor, form: str) -> None:
         self.__array_interface__ = {
             "version": 3,
             "typestr": form,
@@ -43,7 +45,10 @@ def array(tensor: Tensor) -> np.ndarray:
 
     Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
     """
-    return np.asarray(_Memory(tensor))
+    form = _FORMS[str(tensor.dtype).removeprefix("torch.")]
+    if not tensor.numel():  # without memory, which numpy insists on
+        return np.empty(tuple(tensor.shape), form)
+    return np.asarray(_Memory(tensor, form))
 
 
 def compiled(**how: Any) -> Callable[[Callable], Callable]:
