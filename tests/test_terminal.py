@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
+from terminals import make_terminal
 from zemoe.decoding import Generation, Token
 from zemoe.terminal import SHADES, Painter, Scale, bar, open_console, summary
 
@@ -15,21 +16,9 @@ ESCAPE = "\x1b"
 SCALE = Scale.of_chance(16, 8, 6, 4)
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 24 columns with all colours."""
-    for name, value in {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "24", "LINES": "20"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal()
+    return make_terminal(monkeypatch, 24, 20)
 
 
 def visible(text: str) -> str:

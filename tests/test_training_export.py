@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LongcatFlashForCausalLM
 
-from judge import one_thread
+import training_worker
 from tiny_checkpoint import write_checkpoint
-from training_worker import settings_for, whole_run
+from training_worker import settings_for
 from zemoe.checkpoint import verify
 from zemoe.cli import main
 from zemoe.generate import EMBEDDED
@@ -22,16 +21,8 @@ from zemoe.training import export, run, train
 from zemoe.training.model import start_folder
 from zemoe.training.settings import SettingsError, make
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> SimpleNamespace:
-    return whole_run(tmp_path_factory.mktemp("whole"))
+pytestmark = pytest.mark.usefixtures("on_one_thread")
+on_one_thread, whole = training_worker.on_one_thread, training_worker.whole
 
 
 @pytest.mark.parametrize("layout", ["original", "transformers"])

@@ -14,24 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from judge import one_thread
-from training_worker import ended, one_run, records, settings_for, start, whole_run
+import training_worker
+from training_worker import ended, one_run, records, settings_for, start
 from zemoe.integrations.transformers import load_model
 from zemoe.training import export, run, state, train
 from zemoe.training.run import Diverged
 from zemoe.training.settings import SettingsError
 from zemoe.training.state import StateError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> SimpleNamespace:
-    return whole_run(tmp_path_factory.mktemp("whole"))
+pytestmark = pytest.mark.usefixtures("on_one_thread")
+on_one_thread, whole = training_worker.on_one_thread, training_worker.whole
 
 
 def test_what_is_told_is_what_is_written(whole):

@@ -10,6 +10,7 @@ import re
 import pytest
 
 import training_records as records
+from terminals import Terminal, make_terminal
 from zemoe.terminal import open_console
 from zemoe.training import view as view_module
 from zemoe.training.view import JsonView, LineView, LiveView, gauge, number, open_view, span, sparkline
@@ -17,21 +18,9 @@ from zemoe.training.view import JsonView, LineView, LiveView, gauge, number, ope
 ESCAPE = "\x1b"
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture
 def terminal(monkeypatch):
-    """A terminal of 100 columns with all colours."""
-    for name, value in {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100", "LINES": "40"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal()
+    return make_terminal(monkeypatch, 100, 40)
 
 
 class Clock:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from judge import one_thread
+import training_worker
 from tiny_checkpoint import write_checkpoint
-from training_worker import ended, losses, one_rank, records, settings_for, start, whole_run
+from training_worker import ended, losses, one_rank, records, settings_for, start
 from zemoe.checkpoint import verify
 from zemoe.integrations.transformers_layers import ZeroExpertLongcatMoE
 from zemoe.training import state, train
@@ -22,16 +21,8 @@ from zemoe.training.optimizer import Optimizer, rate
 from zemoe.training.parallel import Ranks
 from zemoe.training.settings import SettingsError, TrainSettings, make
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> SimpleNamespace:
-    return whole_run(tmp_path_factory.mktemp("whole"))
+pytestmark = pytest.mark.usefixtures("on_one_thread")
+on_one_thread, whole = training_worker.on_one_thread, training_worker.whole
 
 
 def test_micro_batches(whole, tmp_path):

@@ -6,12 +6,13 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -164,3 +165,14 @@ def ended(process: Any) -> int:
         process.kill()
         raise AssertionError("a training run hangs")
     return process.exitcode
+
+
+@pytest.fixture
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return whole_run(tmp_path_factory.mktemp("whole"))
