@@ -395,7 +395,7 @@ def measure_tiles(layers: list[tuple[str, int]], broken: set) -> list[dict]:
         layer = Backward(case, T)
         real = int(layer.offsets[-1])
         forward = schedule(training_rows_per_tile(T, layer.K, layer.E * 3 // 2), T, layer.K, layer.w13, layer.w2)
-        back = backward_schedule(forward.block_m, layer.w13, layer.w2)
+        back = backward_schedule(forward.block_m, T, layer.K, layer.w13, layer.w2)
         taken = {"preact": (back.preact, 32), "rows": (back.rows, 0), "w13": (back.weight, 0), "w2": (back.weight, 0)}
         taken["gate_up"] = forward.gate_up, 0
         judges: dict[str, Tensor] = {}
@@ -430,6 +430,7 @@ def measure_tiles(layers: list[tuple[str, int]], broken: set) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="layers,launches,tiles", help="parts, with commas")
+    parser.add_argument("--case", choices=sorted({case for case, _ in LAYERS}), help="this one alone")
     gpu_results.add_options(parser)
     args = parser.parse_args()
     parts, started = args.only.split(","), time.time()
@@ -438,7 +439,8 @@ def main() -> None:
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
         gpu_results.write(name, rows, args)
 
-    large = [(case, T) for case, T in LAYERS if T == 16384]
+    layers = [(case, T) for case, T in LAYERS if args.case in (None, case)]
+    large = [(case, T) for case, T in layers if T == 16384]
     jobs: list[tuple[str, Job | int | None]] = [("check", index) for index in range(len(CHECKS))]
     jobs += [(case, None) for case, _ in large]
     if "tiles" in parts:
@@ -451,7 +453,7 @@ def main() -> None:
         flush=True,
     )
     if "layers" in parts:
-        write("training", measure_layers(LAYERS))
+        write("training", measure_layers(layers))
     if "launches" in parts:
         write("training_launches", measure_launches(large))
     if "tiles" in parts:

@@ -69,8 +69,8 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
     x[-1, -1] = NAN
     w13 = normal(E * 2 * I * H + shift, dtype=torch.bfloat16)[shift:].view(E, 2 * I, H)
     w2 = normal(E * H * I + shift, dtype=torch.bfloat16)[shift:].view(E, H, I)
-    weights, value, how = normal(T, K), normal(1, H), schedule(block_m, 10**6 if many else T, K, w13, w2)
-    dout, back = normal(T, H, dtype=torch.bfloat16), backward_schedule(block_m, w13, w2)
+    weights, value, dout = normal(T, K), normal(1, H), normal(T, H, dtype=torch.bfloat16)
+    how, back = (make(block_m, 10**6 if many else T, K, w13, w2) for make in (schedule, backward_schedule))
     for edge, ids in edges(T, K):
         for most_compared in (0, 10**9):
             *plan, alpha, beta = prepare(

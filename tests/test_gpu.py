@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from judge import BY_NAME, CASES, Case, assert_bitwise, check_selection, judge
 from zemoe import AffineParams, ZeroExpertFusedMoE, fused_experts, reference, select_experts
+from zemoe.balance import (
+    adamoe_balance_loss,
+    longcat_balance_loss,
+    moe_plus_plus_balance_loss,
+    router_z_loss,
+    slot_counts,
+    switch_balance_loss,
+    update_deepseek_bias_,
+    update_longcat_bias_,
+    zeda_balance_loss,
+)
 from zemoe.plan import make_plan
+from zemoe.routing import Routing
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -142,6 +156,55 @@ def test_compiled() -> None:
     found = torch.autograd.grad(compiled(x, logits).float().square().sum(), (x, logits))
     for got, want in zip(found, eager, strict=True):
         torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+LOSSES = {
+    "switch": switch_balance_loss,
+    "moe++": partial(moe_plus_plus_balance_loss, tau=0.5),
+    "adamoe": adamoe_balance_loss,
+    "zeda": partial(zeda_balance_loss, zero_weight=0.5),
+    "longcat": partial(longcat_balance_loss, ffn_experts_per_token=2.0),
+    "z": lambda routing, num_experts: router_z_loss(routing),
+}
+
+
+@pytest.mark.parametrize("zero_slots", [8, 0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_balance_without_a_host_sync(name: str, zero_slots: int) -> None:
+    """Every loss with its gradient, and both controllers, in a graph that is replayed with new routing."""
+    E, A, K = 16, 16 + zero_slots, 3
+    logits = torch.randn(64, A, device="cuda", requires_grad=True)
+    ids = torch.zeros(64, K, dtype=torch.int64, device="cuda")
+    bias = torch.zeros(A, device="cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = LOSSES[name](Routing(logits, logits, ids), num_experts=E)
+        counts = slot_counts(ids, A)
+        update_longcat_bias_(bias, counts, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1)
+        update_deepseek_bias_(bias, counts, num_experts=E, rate=0.1)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(aside):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        logits.normal_()
+    ids.copy_(logits.topk(K).indices)
+    bias.zero_()
+    graph.replay()
+    found = [tensor.clone() for tensor in (*replayed, bias)]
+    bias.zero_()
+    for got, want in zip(found, (*step(), bias), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_plan_matches_the_cpu() -> None:

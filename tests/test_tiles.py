@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zemoe.kernels.triton.tiles import max_tiles, rows_of_products, rows_per_tile, schedule, takes_large_tiles
+from zemoe.kernels.triton.tiles import (
+    backward_schedule,
+    max_tiles,
+    rows_of_products,
+    rows_per_tile,
+    schedule,
+    takes_large_tiles,
+)
 
 HOPPER, AMPERE, SMALL_BLACKWELL = (9, 232448), (8, 166912), (12, 101376)  # compute capability, bytes a block may have
 ITEM = 2  # bytes of an element
@@ -36,6 +43,10 @@ def test_tiles_fit_the_shared_memory(monkeypatch, gpu, T, E, Z, I, H) -> None:
         for product, weight_rows in ((how.gate_up, 2 * how.gate_up.block_n), (how.down, how.down.block_n)):
             stage = ITEM * product.block_k * (product.block_m + weight_rows)
             assert stage * product.stages <= gpu[1]
+        back = backward_schedule(block_m, T, K, w13, w2)
+        assert back.preact.block_m == back.rows.block_m == how.down.block_m  # one list of tiles serves all three
+        for product in (back.preact, back.weight, back.rows):
+            assert ITEM * product.block_k * (product.block_m + product.block_n) * product.stages <= gpu[1]
 
 
 def test_large_tiles_are_for_hopper_and_newer_with_its_memory(monkeypatch) -> None:

@@ -269,8 +269,10 @@ def longcat_balance_loss(
         chosen_TD = chosen_TD.scatter_(1, group_TK, True)[:, : D + 1]
         total = torch.cat([(chosen_TD & valid_T[:, None]).sum(0), valid_T.sum()[None]]).double()
         total = all_reduce(total, group)
-        f_D = total[:-1] / total[-1].clamp(min=1) * (D / ffn_experts_per_token)
-        f_D[D] = total[D] / total[-1].clamp(min=1) / (K - ffn_experts_per_token) if num_experts < A else 0.0
+        f_D = total[:-1] / total[-1].clamp(min=1)
+        f_D[:D] *= D / ffn_experts_per_token
+        if num_experts < A:  # else nobody chooses group D + 1, and K may be K_e
+            f_D[D:] /= K - ffn_experts_per_token
     return (f_D.to(P_D.dtype) * P_D).sum()
 
 

@@ -5,7 +5,7 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,8 +155,8 @@ def training_slices(num_rows: int, hidden_size: int) -> int:
     return 2 if num_rows * hidden_size >= 2**26 and hidden_size % 16 == 0 else 1
 
 
-def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
-    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more."""
+def backward_schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Backward:
+    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more. The others: see `schedule`."""
     tma = _takes_descriptors(w13, w2)
     block_h = min(_power_of_2(w13.shape[2]), 8192)
     block_m = rows_of_products(block_m)[1]
@@ -172,10 +172,12 @@ def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
         product = Product(64, 128, 64, 4, 3, True)
         weight = Product(128, 128, 64, 8, 3, False)
         return Backward(product, weight, product, block_h)
-    weight = Product(128, 256, 64, 8, 3, False)
+    rows = num_tokens * top_k / max(len(w13), 1)
+    # A weight's gradient takes few steps then, and two programs a processor hide each other's stores.
+    weight = Product(128, 128, 64, 4, 3, False) if rows <= 1024 else Product(128, 256, 64, 8, 3, False)
+    preact = Product(128, 256, 64, 8, 4, True)
     processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
-    rows = Product(128, 256, 64, 8, 4, True, processors, True)
-    return Backward(Product(128, 256, 64, 8, 4, True), weight, rows, block_h)
+    return Backward(preact, weight, replace(preact, processors=processors, flatten=True), block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
