@@ -24,7 +24,7 @@ from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.forward import moe_ffn
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.route import select_experts
-from zemoe.kernels.triton.route_grad import grad_logits
+from zemoe.kernels.triton.route_grad import bfloat16_parts, grad_logits
 from zemoe.kernels.triton.router import Way, router_logits
 from zemoe.kernels.triton.tiles import backward_schedule, schedule
 
@@ -123,6 +123,7 @@ def router(way: Way, T: int, R: int, H: int) -> None:
     x[0, 0] = NAN
     logits = router_logits(x, normal(R, H), way)
     check(logits, {0})
+    check(bfloat16_parts(logits, low=1, beside=True), {0})
     print(f"router: {way.path}, T={T} R={R} H={H}")
 
 

@@ -16,7 +16,7 @@ from zemoe.routing import router_logits
 pytest.importorskip("triton")
 from test_triton_guard import Fence, same_in_both
 from zemoe import ops_triton, ops_triton_routing
-from zemoe.kernels.triton.route_grad import grad_logits
+from zemoe.kernels.triton.route_grad import bfloat16_parts, grad_logits
 
 pytestmark = [
     pytest.mark.triton,
@@ -194,6 +194,26 @@ def test_selection_opcheck(device: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the product
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1), (37, 20), (5, 1030), (0, 4), (4, 0)])
+@pytest.mark.parametrize("beside", [True, False])
+def test_parts_inside_fences(rows: int, columns: int, beside: bool, device: str) -> None:
+    whole = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+    def run(fence: Fence) -> list[Tensor | None]:
+        made = [bfloat16_parts(fence.around(whole, gap=3), low=i, beside=beside) for i in (1, 2)]
+        fence.check("bfloat16_parts", *made)
+        return [*made]
+
+    for at, made in zip((1, 2), same_in_both(run, device), strict=True):
+        assert made.shape == ((rows, 3 * columns) if beside else (3 * rows, columns)) and made.dtype == torch.bfloat16
+        high, *parts = made.double().chunk(3, 1 if beside else 0)
+        low = parts.pop(at - 1)
+        assert torch.equal(parts[0], high)
+        # Triton's interpreter cuts bits off where a GPU rounds.
+        assert ((high - whole).abs() <= 2**-7 * whole.abs()).all()
+        assert ((high + low - whole).abs() <= 2**-14 * whole.abs()).all()
 
 
 @pytest.mark.parametrize(("T", "R", "H"), [(1, 5, 24), (37, 20, 70), (130, 96, 40)])

@@ -37,16 +37,6 @@ def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:
 define("router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[2] needs) -> (Tensor, Tensor)")
 
 
-def _bfloat16_parts(matrix: Tensor, count: int) -> list[Tensor]:
-    """`count` bfloat16 matrices whose sum is `matrix` to 8 * count bits."""
-    parts: list[Tensor] = []
-    rest = matrix.float()
-    for _ in range(count):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1] if len(parts) < count else rest
-    return parts
-
-
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Of bfloat16 matrices, in float32."""
     return torch.mm(left, right, out_dtype=torch.float32)
@@ -55,20 +45,24 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 @implements("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
+    from .kernels.triton.route_grad import bfloat16_parts
+
     R = weight.shape[0]
-    high_TR, low_TR = _bfloat16_parts(grad, 2)
+    grad_T3R = bfloat16_parts(with_rows(grad), low=1, beside=True)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with without_autocast(x.device):
         if needs[0]:
-            high_RH, low_RH = _bfloat16_parts(weight, 2)
-            left, right = torch.cat([high_TR, low_TR, high_TR], 1), torch.cat([high_RH, high_RH, low_RH])
-            dx = left @ right if x.dtype == torch.bfloat16 else _product(left, right).to(x.dtype)
+            weight_3RH = bfloat16_parts(with_rows(weight), low=2, beside=False)
+            exact = x.dtype == torch.bfloat16
+            dx = grad_T3R @ weight_3RH if exact else _product(grad_T3R, weight_3RH).to(x.dtype)
         if needs[1]:
-            exact = [x] if x.dtype == torch.bfloat16 else _bfloat16_parts(x, 2)
-            both = torch.cat([high_TR, low_TR], 1).T
-            sums = _product(both, exact[0])
-            for part_TH in exact[1:]:
-                sums += _product(both, part_TH)
+            both = grad_T3R[:, : 2 * R].T
+            if x.dtype == torch.bfloat16:
+                sums = _product(both, x)
+            else:
+                x_T3H = bfloat16_parts(with_rows(x).float(), low=1, beside=True)
+                H = x.shape[1]
+                sums = _product(both, x_T3H[:, :H]) + _product(both, x_T3H[:, H : 2 * H])
             dweight = sums[:R] + sums[R:]
     return dx, dweight
 
