@@ -415,7 +415,7 @@ def fused_experts(
     ops.refuse_tangents(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
-    if trained and main_grads != (None, None):
+    if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced
         leaves = all(main is None or weight.is_leaf for weight, main in zip(given, main_grads, strict=True))
         _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1], leaves=leaves)
     whole = chosen.train if trained else chosen.infer

@@ -291,9 +291,10 @@ def _autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None
     # traced (of anything but plain tensors) knows by itself when memory is free.
     keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
     kept = keeps() or torch.is_grad_enabled() or type(preact) is not Tensor
-    if torch.is_grad_enabled() and ctx.main_grads != (None, None):  # that operator can't refuse it later
+    adds = any(main is not None for main in ctx.main_grads)
+    if torch.is_grad_enabled() and adds:  # that operator can't refuse it later
         no_second_derivative(ctx)
-    if kept and ctx.main_grads == (None, None):
+    if kept and not adds:
         found = torch.ops.zemoe.moe_ffn_tiles_backward(grad, *tensors, preact, ctx.activation, wanted)
     else:
         found = torch.ops.zemoe.moe_ffn_tiles_backward_(
