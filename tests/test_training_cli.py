@@ -60,6 +60,7 @@ def test_from_a_text_to_a_model_that_writes(train, tmp_path, capsys):
     head, *lines, last = out.splitlines()
     assert "2 layers, 4 of 5 FFN and 3 zero experts a token; " in head and "32 a step" in head
     assert [re.match(r"step \d+( of 4)?: (loss|held-out|saved)", line)[0] for line in lines] == [
+        "step 0: held-out",
         "step 1 of 4: loss",
         "step 2 of 4: loss",
         "step 2: held-out",
@@ -79,7 +80,7 @@ def test_json_is_metrics_jsonl(train, tmp_path):
     assert (code, err) == (0, "")
     assert out == (tmp_path / "run" / "metrics.jsonl").read_text()
     kinds = [json.loads(line)["kind"] for line in out.splitlines()]
-    assert kinds == ["run", "train", "train", "eval", "saved", "train", "eval", "saved", "end"]
+    assert kinds == ["run", "eval", "train", "train", "eval", "saved", "train", "eval", "saved", "end"]
 
 
 def test_a_new_model_from_text_alone(train, tmp_path):
@@ -124,6 +125,7 @@ def test_resume_shows_what_was_before(train, tmp_path, monkeypatch):
         ("train", 1),
         ("train", 2),
         ("train", 4),
+        ("eval", 0),
         ("eval", 2),
         ("eval", 4),
     ]
@@ -386,7 +388,7 @@ def test_the_live_view_and_ctrl_c(on_terminal, checkpoint, text, tmp_path, capsy
     assert_clean(session)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", session.written)
     step = int(re.search(r"stopped at step (\d+)", shown)[1])
-    assert re.search(r"to go on: the same command with\s+--resume", shown)
+    assert "to go on: the same command with --resume" in " ".join(shown.split())
     assert [path.name for path in (tmp_path / "run" / "states").iterdir()] == [f"step-{step:08d}"]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["reason"], last["step"]) == ("end", "stopped", step)

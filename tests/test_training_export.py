@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,34 @@ def test_from_a_checkpoint(tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-7)
     assert (start_from / "tokenizer.json").read_bytes() == (tmp_path / "out" / "export" / "tokenizer.json").read_bytes()
     assert told[0]["ffn_slots"] == 5 and told[0]["k_e"] == pytest.approx(8 / 3)
+
+
+def test_an_export_is_never_worse_than_the_start(tmp_path, monkeypatch):
+    """The held-out loss is made to rise: the export is what the run began with, also if it was stopped and resumed."""
+    real = run.Trainer._heldout_loss
+    monkeypatch.setattr(run.Trainer, "_heldout_loss", lambda self: real(self) + self.progress.step)
+    start_from = write_checkpoint(tmp_path / "start", eos_token_id=0, bos_token_id=None)
+    plain = settings_for(tmp_path, "whole", "run.eval_every=2").as_dict() | {"model": {"start": str(start_from)}}
+    told: dict[str, list[dict]] = {"whole": [], "stopped": []}
+    for out, records in told.items():
+        plain["run"]["out"] = str(tmp_path / out)
+
+        def listen(record: dict, stop: bool = out == "stopped", records: list[dict] = records) -> None:
+            records.append(record)
+            if stop and (record["kind"], record["step"]) == ("train", 3):
+                signal.raise_signal(signal.SIGTERM)
+
+        end = train(make(plain, "test"), resume=False, listener=listen)
+        if out == "stopped":
+            assert (end["reason"], end["step"], end["start_is_best"]) == ("stopped", 4, True)
+            end = train(make(plain, "test"), resume=True, listener=listen)
+        assert (end["best_step"], end["start_is_best"], end["reason"]) == (0, True, "finished")
+        start, exported = load_model(start_from).state_dict(), load_model(tmp_path / out / "export").state_dict()
+        assert start.keys() == exported.keys()
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in start.items())
+    scores, resumed = ([r for r in records if r["kind"] == "eval"] for records in told.values())
+    assert [(r["step"], r["best"]) for r in scores] == [(0, True), *((step, False) for step in range(2, 13, 2))]
+    assert resumed == scores
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,9 @@ def test_loss(drawn, tmp_path):
     )
     draw(tmp_path)
     assert lines(drawn["loss.png"])["best: 1.5 at step 20"] == [(20, 1.5)]
+    write(tmp_path, [*records.whole(), records.evaluation(0, True, 1.25)])
+    draw(tmp_path)
+    assert lines(drawn["loss.png"])["best: 1.25 at the start"] == [(0, 1.25)]
 
 
 def test_layers(drawn, tmp_path):

@@ -170,7 +170,31 @@ def test_a_record_of_no_known_kind_is_a_bug():
         LineView(open_console(io.StringIO()))({"kind": "poem", "step": 0})
 
 
+def test_a_start_that_stays_the_best():
+    """A run that begins with a trained model is scored before the first step, and may make it worse."""
+    best = {"best_step": 0, "best_heldout_bits_per_byte": 1.5, "start_is_best": True}
+    given = [records.run(), records.evaluation(0, True, 1.5), records.evaluation(20, False, 1.75), records.end(**best)]
+    _, first, second, last = show(LineView(open_console(io.StringIO())), given).splitlines()
+    assert first == "step 0: held-out 1.500 bits/byte, loss 3.000 (the start)"
+    assert second == "step 20: held-out 1.750 bits/byte, loss 3.500"
+    assert last == (
+        "finished at step 40 after 1:05, best held-out 1.500 bits/byte at the start: no step made it better, and the "
+        "export has the weights that the run began with; to write with it: zemoe generate --model out/export"
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- a terminal
+
+
+def test_a_start_in_the_picture(terminal):
+    view = LiveView(open_console(terminal))
+    with view:
+        view(records.run())
+        view(records.evaluation(0, True, 1.5))
+        shown = rows_now(view)
+        assert shown["step"].startswith("0 of 40 ") and shown["held-out"] == "1.500 bits/byte, loss 3.000 at the start"
+        view(records.evaluation(20, False, 1.75))
+        assert rows_now(view)["held-out"] == "1.750 bits/byte, loss 3.500 at step 20; best 1.500 at the start"
 
 
 def test_the_picture(terminal):

@@ -19,7 +19,7 @@ from ..generate import CommandError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
 from .state import StateError
-from .view import View, headline, number, open_view, training_line
+from .view import View, at_step, headline, number, open_view, training_line
 
 # For a model that is trained already, where neither the file nor --set says anything: a smaller learning rate, fewer
 # steps, and a short look at the held-out text often enough to keep the best one.
@@ -159,7 +159,7 @@ def report(folder: Path, out: Console) -> dict[str, Any]:
     last, best = metrics.train[-1], next((record for record in reversed(metrics.evals) if record["best"]), None)
     lines = [headline(metrics.run), training_line(last, metrics.run)]
     if best is not None:
-        lines.append(f"best held-out {number(best['heldout_bits_per_byte'])} bits/byte at step {best['step']}")
+        lines.append(f"best held-out {number(best['heldout_bits_per_byte'])} bits/byte {at_step(best['step'])}")
     if metrics.unreadable:
         lines.append(f"lines of {METRICS} that are unreadable and left out: {metrics.unreadable}")
     for line in (*lines, *map(str, plots)):

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .view import headline
+from .view import at_step, headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +152,7 @@ def _loss(axes: Axes, metrics: Metrics) -> None:
             (score, record["step"]) for score, record in zip(scores, metrics.evals, strict=True) if math.isfinite(score)
         ]
         for score, step in sorted(finite)[:1]:
-            axes.plot(step, score, "o", color=_AIM, markersize=5, label=f"best: {score:.4g} at step {step}")
+            axes.plot(step, score, "o", color=_AIM, markersize=5, label=f"best: {score:.4g} {at_step(int(step))}")
     axes.set_ylabel("bits a byte")
     axes.set_title("loss")
 

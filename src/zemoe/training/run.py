@@ -41,7 +41,8 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
     """Train a language model, on every process that torchrun started or on this one alone.
 
     Under `settings.run.out` it writes settings.json, tokenizer.json, corpus.safetensors (the encoded text),
-    metrics.jsonl, states/, and export/: the checkpoint that was best on the held-out text. Each is whole or not there.
+    metrics.jsonl, states/, and export/: the checkpoint that was best on the held-out text, which for a run that begins
+    with a trained model may be that model, scored before the first step. Each is whole or not there.
     The same settings give the same numbers, on a CPU to the bit, also when a run was killed and resumed: what a step
     computes depends on the state before it and on the seed.
 
@@ -218,6 +219,8 @@ class Trainer:
         def due(every: int) -> bool:
             return progress.step % every == 0 or progress.step == steps
 
+        if progress.step == 0 and self.settings.model.start:
+            self._evaluate()  # an export is never worse than what the run began with
         while progress.step < steps:
             begin = time.perf_counter()
             self._step()
@@ -395,5 +398,6 @@ class Trainer:
             "seconds": progress.seconds,
             "best_step": progress.best_step,
             "best_heldout_bits_per_byte": progress.best_bits,
+            "start_is_best": progress.best_step == 0,
             "export": str(self.files.export) if self.files.export.exists() else None,
         }

@@ -123,6 +123,11 @@ def _held_out(record: Record) -> str:
     return f"{number(record['heldout_bits_per_byte'])} bits/byte, loss {number(record['heldout_loss'])}"
 
 
+def at_step(step: int) -> str:
+    """When a model had a score: at step 20, or before the first step."""
+    return f"at step {step}" if step else "at the start"
+
+
 def training_line(record: Record, run: Record) -> str:
     """One line of a "train" record."""
     return (
@@ -136,7 +141,9 @@ def ending(end: Record) -> str:
     """How the run ended, and what to do next."""
     text = f"{end['reason']} at step {end['step']} after {span(end['seconds'])}"
     if end["best_step"] is not None:
-        text += f", best held-out {number(end['best_heldout_bits_per_byte'])} bits/byte at step {end['best_step']}"
+        text += f", best held-out {number(end['best_heldout_bits_per_byte'])} bits/byte {at_step(end['best_step'])}"
+    if end["start_is_best"]:
+        text += ": no step made it better, and the export has the weights that the run began with"
     if end["reason"] == "stopped":
         text += "; to go on: the same command with --resume"
     return text if end["export"] is None else f"{text}; to write with it: zemoe generate --model {end['export']}"
@@ -205,7 +212,8 @@ class LineView(View):
                 left = self._clock.left
                 text = training_line(record, self._run) + ("" if left is None else f", {span(left)} left")
             case "eval":
-                text = f"{step}: held-out {_held_out(record)}{' (the best so far)' if record['best'] else ''}"
+                note = "the best so far" if record["step"] else "the start"
+                text = f"{step}: held-out {_held_out(record)}{f' ({note})' if record['best'] else ''}"
             case "saved":
                 text = f"{step}: saved {record['path']}"
             case "end":
@@ -328,8 +336,8 @@ class LiveView(View):
         return text.append(" %")
 
     def _scores(self, scored: Record) -> str:
-        text = f"{_held_out(scored)} at step {scored['step']}"
+        text = f"{_held_out(scored)} {at_step(scored['step'])}"
         best = self._bests[-1] if self._bests else scored
         if best["step"] != scored["step"]:
-            text += f"; best {number(best['heldout_bits_per_byte'])} at step {best['step']}"
+            text += f"; best {number(best['heldout_bits_per_byte'])} {at_step(best['step'])}"
         return text
