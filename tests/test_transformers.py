@@ -24,6 +24,7 @@ from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, g
 from transformers_tiny import tiny_config, tiny_model
 from zemoe.checkpoint import verify
 from zemoe.experts import BACKENDS
+from zemoe.integrations import transformers_patch
 from zemoe.integrations.transformers_layers import layer_config
 
 # Fixtures
@@ -125,7 +126,7 @@ def test_base_model_and_a_model_inside_another(stock, stock_logits, ids):
 
 def test_after_an_exception_nothing_is_patched(stock, stock_logits, ids, monkeypatch):
     model = copy.deepcopy(stock)
-    free, calls = bridge._free_dead_rows, []
+    free, calls = transformers_patch._free_dead_rows, []
 
     def fails_at_the_second_layer(experts):
         calls.append(experts)
@@ -133,7 +134,7 @@ def test_after_an_exception_nothing_is_patched(stock, stock_logits, ids, monkeyp
             raise MemoryError
         return free(experts)
 
-    monkeypatch.setattr(bridge, "_free_dead_rows", fails_at_the_second_layer)
+    monkeypatch.setattr(transformers_patch, "_free_dead_rows", fails_at_the_second_layer)
     with pytest.raises(MemoryError):
         bridge.patch_(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]

@@ -12,6 +12,7 @@ from transformers import (
     LongcatFlashForCausalLM,
     conversion_mapping,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.longcat_flash import modeling_longcat_flash as modeling
 
 import zemoe.integrations.transformers as bridge
@@ -26,7 +27,8 @@ def global_state() -> tuple:
     conversions = conversion_mapping.get_checkpoint_conversion_mapping("longcat_flash")
     return (
         modeling.LongcatFlashMoE,
-        modeling.LongcatFlashPreTrainedModel._can_compile_fullgraph,
+        dict(vars(modeling.LongcatFlashPreTrainedModel)),
+        sorted(ALL_EXPERTS_FUNCTIONS.keys()),
         "longcat_flash" in conversion_mapping.USER_REGISTERED_MAPPINGS,
         [repr(conversion) + repr(conversion.operations) for conversion in conversions],
     )
@@ -41,6 +43,7 @@ def transformers_is_left_as_it_was() -> Iterator[None]:
     yield
     leaked = global_state() != STOCK_STATE
     bridge.unapply()
+    bridge.unregister()
     assert not leaked
     assert global_state() == STOCK_STATE
 

@@ -21,14 +21,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 from ..config import MoEConfig, check_count, expand_kinds
 from ..retrofit import ZeroExpertBlock, new_router_rows
+from .transformers_experts import ACTIVATIONS
 
 _KINDS = ("identity", "zero")
-_ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-}
 
 
 class ZeroExpertQwen3MoeBlock(ZeroExpertBlock, qwen3.Qwen3MoeSparseMoeBlock):
@@ -226,14 +221,14 @@ def _rules(block: Any, family: _Family, kinds: tuple[tuple[str, int], ...], top_
         if isinstance(tensor, DTensor) or not tensor.is_floating_point():
             raise ValueError("the weights are sharded or quantized; retrofit before that")
     activation = type(block.experts.act_fn).__name__
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {sorted(set(_ACTIVATIONS.values()))}, got {activation}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {sorted(set(ACTIVATIONS.values()))}, got {activation}")
     return MoEConfig(
         hidden_size=router.shape[1],
         intermediate_size=gate_up.shape[1] // 2,
         num_experts=router.shape[0],
         top_k=block.gate.top_k if top_k is None else top_k,
         zero_expert_kinds=kinds,
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         **family.rules(block),
     )
