@@ -302,8 +302,8 @@ GRAD_ROWS = [
     (128, 128, 64, 4, 3, True),
 ]  # fmt: skip
 GRAD_WEIGHT = [
-    (128, 256, 64, 8, 3, False), (128, 256, 64, 8, 4, False), (256, 128, 64, 8, 3, False), (128, 128, 64, 8, 3, False),
-    (128, 128, 64, 4, 3, False), (128, 256, 32, 8, 6, False),
+    (128, 256, 64, 8, 3, False, PROCESSORS, True), (128, 256, 64, 8, 4, False, PROCESSORS, True),
+    (128, 128, 64, 4, 3, False, 2 * PROCESSORS, True), (128, 256, 64, 8, 3, False), (128, 128, 64, 4, 3, False),
 ]  # fmt: skip
 GATE_UP = [(192, 128, 32, 8, 5, True), (128, 128, 64, 8, 4, True), (128, 128, 64, 8, 3, True)]
 
@@ -395,7 +395,7 @@ def measure_tiles(layers: list[tuple[str, int]], broken: set) -> list[dict]:
         layer = Backward(case, T)
         real = int(layer.offsets[-1])
         forward = schedule(training_rows_per_tile(T, layer.K, layer.E * 3 // 2), T, layer.K, layer.w13, layer.w2)
-        back = backward_schedule(forward.block_m, T, layer.K, layer.w13, layer.w2)
+        back = backward_schedule(forward.block_m, layer.w13, layer.w2)
         taken = {"preact": (back.preact, 32), "rows": (back.rows, 0), "w13": (back.weight, 0), "w2": (back.weight, 0)}
         taken["gate_up"] = forward.gate_up, 0
         judges: dict[str, Tensor] = {}

@@ -70,7 +70,7 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
     w13 = normal(E * 2 * I * H + shift, dtype=torch.bfloat16)[shift:].view(E, 2 * I, H)
     w2 = normal(E * H * I + shift, dtype=torch.bfloat16)[shift:].view(E, H, I)
     weights, value, dout = normal(T, K), normal(1, H), normal(T, H, dtype=torch.bfloat16)
-    how, back = (make(block_m, 10**6 if many else T, K, w13, w2) for make in (schedule, backward_schedule))
+    how, back = schedule(block_m, 10**6 if many else T, K, w13, w2), backward_schedule(block_m, w13, w2)
     for edge, ids in edges(T, K):
         for most_compared in (0, 10**9):
             *plan, alpha, beta = prepare(

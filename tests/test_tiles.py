@@ -43,7 +43,7 @@ def test_tiles_fit_the_shared_memory(monkeypatch, gpu, T, E, Z, I, H) -> None:
         for product, weight_rows in ((how.gate_up, 2 * how.gate_up.block_n), (how.down, how.down.block_n)):
             stage = ITEM * product.block_k * (product.block_m + weight_rows)
             assert stage * product.stages <= gpu[1]
-        back = backward_schedule(block_m, T, K, w13, w2)
+        back = backward_schedule(block_m, w13, w2)
         assert back.preact.block_m == back.rows.block_m == how.down.block_m  # one list of tiles serves all three
         for product in (back.preact, back.weight, back.rows):
             assert ITEM * product.block_k * (product.block_m + product.block_n) * product.stages <= gpu[1]

@@ -139,7 +139,7 @@ def test_inside_fences(shape: str, device: str, monkeypatch: pytest.MonkeyPatch)
             weights, fence.around(inputs.ids_TK), num_experts=case.E, num_slots=case.A, block_m=block_m, kinds=()
         )
         row_token, slot_row, offsets, tile_lists = made[:4]
-        how, back = (make(block_m, case.T, case.K, w13, w2) for make in (tiles.schedule, tiles.backward_schedule))
+        how, back = tiles.schedule(block_m, case.T, case.K, w13, w2), tiles.backward_schedule(block_m, w13, w2)
         used, N = int(offsets[-1]), len(row_token)
 
         def untouched(what: str, *rows: Tensor) -> None:

@@ -238,8 +238,7 @@ def _gradients(
     from .kernels.triton.backward import moe_ffn_backward
 
     plan = row_token, slot_row, offsets, tiles[-1]
-    T, K = slot_row.shape
-    how = tile_sizes.backward_schedule(block_m, T, K, w13, w2)
+    how = tile_sizes.backward_schedule(block_m, w13, w2)
     grad = with_rows(grad)
     found = moe_ffn_backward(
         grad, with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,

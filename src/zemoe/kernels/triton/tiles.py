@@ -57,7 +57,7 @@ class Backward:
     """How the backward of a layer runs: its products, columns that the last launch takes at once.
 
     preact: rows of dout times w2. weight: block_m by block_n of a weight's gradient, the numbers of a token by those of
-    a row, block_k rows at a time; never by descriptor.
+    a row, block_k rows at a time; never by descriptor, and always one loop over tiles and rows.
     rows: rows of dpreact times w13.
     """
 
@@ -155,8 +155,8 @@ def training_slices(num_rows: int, hidden_size: int) -> int:
     return 2 if num_rows * hidden_size >= 2**26 and hidden_size % 16 == 0 else 1
 
 
-def backward_schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Backward:
-    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more. The others: see `schedule`."""
+def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
+    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more."""
     tma = _takes_descriptors(w13, w2)
     block_h = min(_power_of_2(w13.shape[2]), 8192)
     block_m = rows_of_products(block_m)[1]
@@ -172,11 +172,9 @@ def backward_schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2
         product = Product(64, 128, 64, 4, 3, True)
         weight = Product(128, 128, 64, 8, 3, False)
         return Backward(product, weight, product, block_h)
-    rows = num_tokens * top_k / max(len(w13), 1)
-    # A weight's gradient takes few steps then, and two programs a processor hide each other's stores.
-    weight = Product(128, 128, 64, 4, 3, False) if rows <= 1024 else Product(128, 256, 64, 8, 3, False)
     preact = Product(128, 256, 64, 8, 4, True)
     processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
+    weight = Product(128, 256, 64, 8, 3, False, processors, True)
     return Backward(preact, weight, replace(preact, processors=processors, flatten=True), block_h)
 
 
