@@ -33,7 +33,7 @@ def small(block_m: int, tma: bool, size: int = 16) -> tuple[Schedule, Backward]:
         return Product(*size, 4, 2, tma, 3 if persistent else None, persistent)
 
     forward = Schedule(block_m, product(block_m, size, 2 * size), product(m, 2 * size, size, persistent=True), 64)
-    weight = Product(size, 2 * size, 16, 4, 2, False, 3, True)
+    weight = Product(size, 2 * size, 16, 4, 2, False)
     back = Backward(product(m, 2 * size, size), weight, product(m, size, 2 * size, persistent=True), 2 * size)
     return forward, back
 

@@ -5,7 +5,7 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Backward:
     """How the backward of a layer runs: its products, columns that the last launch takes at once.
 
     preact: rows of dout times w2. weight: block_m by block_n of a weight's gradient, the numbers of a token by those of
-    a row, block_k rows at a time; never by descriptor, and always one loop over tiles and rows.
+    a row, block_k rows at a time; never by descriptor.
     rows: rows of dpreact times w13.
     """
 
@@ -172,10 +172,10 @@ def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
         product = Product(64, 128, 64, 4, 3, True)
         weight = Product(128, 128, 64, 8, 3, False)
         return Backward(product, weight, product, block_h)
-    preact = Product(128, 256, 64, 8, 4, True)
+    weight = Product(128, 256, 64, 8, 3, False)
     processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
-    weight = Product(128, 256, 64, 8, 3, False, processors, True)
-    return Backward(preact, weight, replace(preact, processors=processors, flatten=True), block_h)
+    rows = Product(128, 256, 64, 8, 4, True, processors, True)
+    return Backward(Product(128, 256, 64, 8, 4, True), weight, rows, block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
