@@ -1,0 +1,204 @@
+"""LongCat-Flash's MoE layer for vLLM, computed by zemoe: router, experts and zero experts in one operator.
+
+T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices, R tensor-parallel
+ranks.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from ..experts import fused_experts
+from ..routing import router_logits, select_experts
+
+# One operator, which vLLM's compiled code calls as it is: our backends decide by the number of tokens at each call, and
+# vLLM compiles once for all numbers.
+torch.library.define(
+    "zemoe::longcat_moe",
+    "(Tensor x, Tensor classifier, Tensor bias, Tensor w13, Tensor w2, int top_k, float scaling, bool identity) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("zemoe::longcat_moe")
+def _longcat_moe_fake(x, classifier, bias, w13, w2, top_k, scaling, identity) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.impl("zemoe::longcat_moe", "CompositeExplicitAutograd")
+def _longcat_moe(
+    x_TH: Tensor,
+    classifier_AH: Tensor,
+    bias_A: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    top_k: int,
+    scaling: float,
+    identity: bool,
+) -> Tensor:
+    num_experts, num_slots = w13.shape[0], classifier_AH.shape[0]
+    weights_TK, ids_TK = select_experts(
+        router_logits(x_TH, classifier_AH),
+        top_k,
+        num_experts=num_experts,
+        e_score_correction_bias=bias_A,
+        routed_scaling_factor=scaling,
+    )
+    kind = "identity" if identity else "zero"
+    return fused_experts(
+        x_TH,
+        w13,
+        w2,
+        weights_TK,
+        ids_TK,
+        num_experts=num_experts,
+        zero_expert_kinds=((kind, num_slots - num_experts),) if num_slots > num_experts else (),
+    )
+
+
+def longcat_moe(
+    x_TH: Tensor,
+    classifier_AH: Tensor,
+    bias_A: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    top_k: int,
+    scaling: float,
+    identity: bool = True,
+) -> Tensor:
+    """A LongCat MoE layer [T, H] in x's dtype, for inference: softmax scores, no renormalising.
+
+    x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype, classifier [A, H] and bias [A] float32; E and A are read off
+    their shapes. identity: the zero experts yield x; otherwise nothing, for all ranks but one.
+    """
+    return torch.ops.zemoe.longcat_moe(x_TH, classifier_AH, bias_A, w13, w2, top_k, scaling, identity)
+
+
+class _Router(nn.Module):
+    """The router's tensors, in float32, under the names that vLLM loads to."""
+
+    def __init__(self, num_experts: int, num_slots: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        # Not one of vLLM's linear layers, which repack their weight after loading.
+        self.classifier = nn.Linear(hidden_size, num_slots, bias=False, dtype=torch.float32).requires_grad_(False)
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(num_slots, dtype=torch.float32), requires_grad=False)
+        set_weight_attrs(self.e_score_correction_bias, {"weight_loader": self.load_bias})
+
+    def load_bias(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
+        """Copy a selection bias of length A, or of length E: then zero experts have 0."""
+        allowed = {(self.num_experts,), tuple(param.shape)}
+        if tuple(loaded_weight.shape) not in allowed:
+            raise ValueError(
+                f"e_score_correction_bias must have a shape of {sorted(allowed)}, got {tuple(loaded_weight.shape)}"
+            )
+        param.data.copy_(F.pad(loaded_weight.float(), (0, len(param) - len(loaded_weight))))
+
+
+class _Experts(nn.Module):
+    """This rank's part of the FFN experts, w13 [E, 2I/R, H] and w2 [E, H, I/R], under the names that vLLM loads to."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        w13 = torch.empty(num_experts, 2 * width, hidden_size, dtype=dtype)
+        w2 = torch.empty(num_experts, hidden_size, width, dtype=dtype)
+        self.w13_weight = nn.Parameter(w13, requires_grad=False)
+        self.w2_weight = nn.Parameter(w2, requires_grad=False)
+        for param in (self.w13_weight, self.w2_weight):
+            set_weight_attrs(param, {"weight_loader": self.weight_loader})
+
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's part of one expert's matrix: [I, H] for "w1" (gate) and "w3" (up), [H, I] for "w2" (down).
+
+        Raises:
+            ValueError: for another shard_id or a matrix that does not fit, naming it.
+        """
+        if shard_id not in ("w1", "w2", "w3"):
+            raise ValueError(f"shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r} for {weight_name}")
+        target = param.data[expert_id]
+        split = 1 if shard_id == "w2" else 0  # the dimension of I
+        if shard_id != "w2":
+            target = target.chunk(2)[0 if shard_id == "w1" else 1]
+        ranks, width = get_tensor_model_parallel_world_size(), target.shape[split]
+        needed = list(target.shape)
+        needed[split] *= ranks
+        if list(loaded_weight.shape) != needed:
+            raise ValueError(f"{weight_name} must have shape {tuple(needed)}, got {tuple(loaded_weight.shape)}")
+        target.copy_(loaded_weight.narrow(split, get_tensor_model_parallel_rank() * width, width))
+        return True if return_success else None
+
+
+class _ExpertsByName(nn.Module):
+    """One more step in the names that vLLM loads to: `experts.routed_experts.w13_weight`."""
+
+    def __init__(self, routed_experts: _Experts) -> None:
+        super().__init__()
+        self.routed_experts = routed_experts
+
+
+class ZeroExpertLongcatMoE(nn.Module):
+    """Stands in for vLLM's LongcatMoe: the same arguments and checkpoint names, nothing kept between calls.
+
+    Routes in float32, whatever the dtype of the model. Of R ranks the first has the zero experts' part, so that the sum
+    over ranks has it once.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        params_dtype: torch.dtype | None = None,
+        quant_config: Any = None,
+        prefix: str = "",
+        enable_eplb: bool = False,
+    ) -> None:
+        super().__init__()
+        assert quant_config is None, "models that are quantised keep vLLM's layers"
+        assert not enable_eplb, "models with expert parallelism keep vLLM's layers"
+        self.top_k = top_k
+        self.scaling = float(config.routed_scaling_factor)
+        self.ranks = get_tensor_model_parallel_world_size()
+        self.identity = get_tensor_model_parallel_rank() == 0
+        self.router = _Router(num_experts, num_experts + config.zero_expert_num, hidden_size)
+        routed = _Experts(num_experts, hidden_size, intermediate_size // self.ranks, params_dtype)
+        self.experts = _ExpertsByName(routed)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [T, H]; the same shape and dtype out."""
+        routed = self.experts.routed_experts
+        y_TH = longcat_moe(
+            hidden_states,
+            self.router.classifier.weight,
+            self.router.e_score_correction_bias,
+            routed.w13_weight,
+            routed.w2_weight,
+            top_k=self.top_k,
+            scaling=self.scaling,
+            identity=self.identity,
+        )
+        return y_TH if self.ranks == 1 else tensor_model_parallel_all_reduce(y_TH)

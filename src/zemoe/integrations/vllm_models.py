@@ -1,0 +1,147 @@
+"""vLLM's LongCat-Flash models with our MoE layer in them: what `vllm.py` registers.
+
+Either every MoE layer of a model is ours or none is: `why_not` looks at the whole configuration before anything is
+built, and one line in the log says which it is and why.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import vllm.envs as envs
+from torch import Tensor
+from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.models import longcat_flash
+from vllm.model_executor.models.longcat_flash import LongcatFlashForCausalLM
+from vllm.model_executor.models.longcat_flash_ngram import LongcatFlashNgramForCausalLM
+from vllm.platforms import current_platform
+
+from .. import __version__
+from ..experts import resolve_backend
+from .vllm import logger
+from .vllm_layers import ZeroExpertLongcatMoE
+
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_ROTARY = "rotary_embedding"
+
+
+def why_not(vllm_config: Any) -> str | None:
+    """Why a model with this VllmConfig keeps vLLM's own MoE layers, or None."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    config, ranks = model.hf_config, parallel.tensor_parallel_size
+    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "expert_ffn_hidden_size", None)
+    checks = {
+        "the model is quantised": vllm_config.quant_config is not None,
+        "LoRA adapters are enabled": vllm_config.lora_config is not None,
+        "expert parallelism is enabled": parallel.enable_expert_parallel,
+        "data parallelism is enabled": parallel.data_parallel_size > 1,
+        "prefill context parallelism is enabled": parallel.prefill_context_parallel_size > 1,
+        "VLLM_BATCH_INVARIANT is set": envs.VLLM_BATCH_INVARIANT,
+        "the experts chosen are asked for (enable_return_routed_experts)": getattr(
+            model, "enable_return_routed_experts", False
+        ),
+        f"zero_expert_type is {config.zero_expert_type!r}": config.zero_expert_type != "identity",
+        "the router has a bias": getattr(config, "router_bias", False),
+        f"{width} columns of an expert don't divide among {ranks} ranks": not width or width % ranks,
+        f"there is no path for {current_platform.device_name}": not (
+            current_platform.is_cpu() or current_platform.is_cuda()
+        ),
+    }
+    for reason, holds in checks.items():
+        if holds:
+            return reason
+    try:
+        backend = _backend(vllm_config)
+    except ValueError as error:
+        return str(error)
+    if current_platform.is_cuda() and backend != "triton":  # the others wait for the device
+        return f"zemoe's kernels for {current_platform.device_name} don't take {model.dtype}"
+    return None
+
+
+def _backend(vllm_config: Any) -> str:
+    model = vllm_config.model_config
+    experts = model.hf_config.n_routed_experts
+    return resolve_backend(current_platform.device_type, model.dtype, num_experts=experts).name
+
+
+@contextmanager
+def moe_layers(vllm_config: Any) -> Iterator[None]:
+    """The context to build a LongCat model in: its MoE layers are ours, or vLLM's own where `why_not` has a reason."""
+    reason = why_not(vllm_config)
+    first = get_world_group().is_first_rank
+    if reason is not None:
+        if first:
+            logger.info("zemoe %s: this LongCat model has vLLM's own MoE layers: %s", __version__, reason)
+        yield
+        return
+    if first:
+        logger.info(
+            "zemoe %s: this LongCat model has zemoe's MoE layers: unquantised %s, tensor parallel %d, backend %r",
+            __version__,
+            vllm_config.model_config.dtype,
+            vllm_config.parallel_config.tensor_parallel_size,
+            _backend(vllm_config),
+        )
+    _keep_apart_when_compiled(vllm_config)
+    _mend_rotary_embedding(vllm_config)
+    stock = longcat_flash.LongcatMoe
+    longcat_flash.LongcatMoe = ZeroExpertLongcatMoE
+    try:
+        yield
+    finally:
+        longcat_flash.LongcatMoe = stock
+
+
+def _keep_apart_when_compiled(vllm_config: Any) -> None:
+    """Give what vLLM compiles a key of its own: it finds compiled code on disk by configuration, not by layers."""
+    known = vllm_config.additional_config
+    if isinstance(known, dict):
+        vllm_config.additional_config = {**known, "zemoe": __version__}
+
+
+def _mend_rotary_embedding(vllm_config: Any) -> None:
+    """On CPUs take the rotary embedding in torch: vLLM's kernel leaves all heads but the first of 3-D queries alone."""
+    custom_ops = vllm_config.compilation_config.custom_ops
+    if current_platform.is_cpu() and not {f"+{_ROTARY}", f"-{_ROTARY}"} & set(custom_ops):
+        custom_ops.append(f"-{_ROTARY}")
+
+
+def without_dead_rows(weights: Iterable[tuple[str, Tensor]], num_experts: int) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors without those of zero experts, which transformers saves and nothing reads."""
+    for name, tensor in weights:
+        expert = _EXPERT.search(name)
+        if expert is None or int(expert[1]) < num_experts:
+            yield name, tensor
+
+
+def _loadable(model: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    ours = any(isinstance(module, ZeroExpertLongcatMoE) for module in model.modules())
+    return without_dead_rows(weights, model.config.n_routed_experts) if ours else weights
+
+
+class ZeroExpertLongcatFlashForCausalLM(LongcatFlashForCausalLM):
+    """LongCat-Flash."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        with moe_layers(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(_loadable(self, weights))
+
+
+class ZeroExpertLongcatFlashNgramForCausalLM(LongcatFlashNgramForCausalLM):
+    """LongCat-Flash-Lite, with n-gram embeddings."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        with moe_layers(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(_loadable(self, weights))
