@@ -302,8 +302,8 @@ GRAD_ROWS = [
     (128, 128, 64, 4, 3, True),
 ]  # fmt: skip
 GRAD_WEIGHT = [
-    (128, 256, 64, 8, 3, False, PROCESSORS, True), (128, 256, 64, 8, 4, False, PROCESSORS, True),
-    (128, 128, 64, 4, 3, False, 2 * PROCESSORS, True), (128, 256, 64, 8, 3, False), (128, 128, 64, 4, 3, False),
+    (128, 256, 64, 8, 3, False), (128, 256, 64, 8, 4, False), (256, 128, 64, 8, 3, False), (128, 128, 64, 8, 3, False),
+    (128, 128, 64, 4, 3, False), (128, 256, 32, 8, 6, False),
 ]  # fmt: skip
 GATE_UP = [(192, 128, 32, 8, 5, True), (128, 128, 64, 8, 4, True), (128, 128, 64, 8, 3, True)]
 
