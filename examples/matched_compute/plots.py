@@ -72,7 +72,7 @@ def draw_experts(curves: Rows, path: Path) -> None:
         axes.plot(*mean_curve(curves, name, "ffn_experts"), **look(name))
     axes.set_xlabel("training step")
     axes.set_ylabel("FFN experts a token (mean over layers)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.84))
     save(axes, path)
 
 
