@@ -52,6 +52,14 @@ def layer_config(config: Any) -> MoEConfig:
     )
 
 
+class ZeroExpertLongcatClassifier(nn.Linear):
+    """The router's product, in float32. A module of its own, so that what wraps it (offloading, LoRA) takes part."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[T, H] of any float dtype; logits [T, A] in float32, also under autocast."""
+        return router_logits(input, self.weight)
+
+
 class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
     """The router: float32 whatever the dtype of the model, its Routing visible to `zemoe.observe`.
 
@@ -65,10 +73,18 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
 
     def adopt(self) -> None:
         """Make a stock router ours, in place; the very same Parameter, now float32."""
+        if type(self.classifier) is nn.Linear:
+            self.classifier.__class__ = ZeroExpertLongcatClassifier
         self.classifier.weight.data = self.classifier.weight.data.float()
         if self.classifier.weight.grad is not None:
             self.classifier.weight.grad = self.classifier.weight.grad.float()
         self.e_score_correction_bias = self.e_score_correction_bias.float()
+
+    def release(self) -> None:
+        """Undo what `adopt` did but for the dtype."""
+        classifier: Any = self.classifier
+        if type(classifier) is ZeroExpertLongcatClassifier:
+            classifier.__class__ = nn.Linear
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:
@@ -79,7 +95,7 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
-        logits_TA = router_logits(hidden_states.reshape(-1, self.hidden_dim), self.classifier.weight)
+        logits_TA = self.classifier(hidden_states.reshape(-1, self.hidden_dim))
         weights_TK, ids_TK = select_experts(
             logits_TA,
             self.top_k,

@@ -162,6 +162,7 @@ def _free_dead_rows(experts: Any) -> int:
 def _to_stock(layers: dict[str, Any]) -> None:
     # Classes first: they can't fail, and stock computes the same without the rows that it never reads.
     for layer in layers.values():
+        ZeroExpertLongcatRouter.release(layer.router)  # which may not have our class yet
         layer.__class__, layer.router.__class__, layer.experts.__class__ = StockMoE, StockRouter, StockExperts
     for layer in layers.values():
         weight, slots = layer.experts.gate_up_proj, layer.experts.total_experts
