@@ -140,11 +140,12 @@ def test_plots_of_the_run(train, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists(), "that is said before hours of training"
 
 
-def test_other_processes_of_torchrun_say_nothing(train, tmp_path, monkeypatch):
+def test_other_processes_of_torchrun_show_errors_alone(train, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert train(sets=["report.plots=true"]) == (0, "", "")
     assert not (tmp_path / "run" / "plots").exists()
-    assert train(sets=["train.steps=0"]) == (2, "", "")
+    code, out, err = train(sets=["train.steps=0"])
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("zemoe: error: process 1: train.steps must")
     monkeypatch.setenv("RANK", "0")
     assert train(out=tmp_path / "other")[1] != ""
 

@@ -92,7 +92,7 @@ def test_two_ranks(whole, tmp_path, parallel, first, last):
 
 
 def test_rows_that_cannot_be_shared(tmp_path, monkeypatch):
-    three = Ranks(0, 3, "ddp", torch.device("cpu"))
+    three = Ranks(0, 3, "alone", torch.device("cpu"))  # of three, but without the group that would tell the others
     settings = settings_for(tmp_path, "out")
     with pytest.raises(SettingsError, match=r"multiple of train\.accumulate=1 times 3 processes, got 4"):
         prepare(settings, three, Files(tmp_path / "out", writes=True), resume=False)

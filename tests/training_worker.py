@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from judge import one_thread
-from zemoe.training import export, run, state
-from zemoe.training.settings import Settings, read
+from zemoe.cli import main
+from zemoe.training import data, export, files, parallel, run, state
+from zemoe.training.settings import Settings, SettingsError, read
+from zemoe.training.state import StateError
 
 SIZES = {
     "vocab_size": 280,
@@ -118,14 +122,7 @@ def one_run(settings: Settings, resume: bool, moment: str | None, step: int) -> 
     if moment in MOMENTS:
         owner, name, replacement = MOMENTS[moment]
         whole = getattr(owner, name)
-        trainers: list[run.Trainer] = []
-        init = run.Trainer.__init__
-
-        def remember(self: run.Trainer, *args: Any) -> None:
-            trainers.append(self)
-            init(self, *args)
-
-        run.Trainer.__init__ = remember
+        trainers = _trainers()
 
         def now_or_later(*args: Any, **kwargs: Any) -> Any:
             due = bool(trainers) and trainers[0].progress.step >= step
@@ -148,6 +145,61 @@ def one_rank(rank: int, world: int, rendezvous: str, settings: Settings, resume:
     end = run.train(settings, resume=resume, listener=stop)
     dist.destroy_process_group()
     assert (end["reason"], end["step"]) == ("stopped", last)
+
+
+def _fail(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+_FULL = OSError(28, "No space left on device")
+# By name: the rank on which, what is replaced in which module, by what; from step 5 on, or at once.
+FAILURES: dict[str, tuple[int, Any, str, Any, bool]] = {
+    "no such device": (1, parallel, "usable_devices", lambda: ["abacus"], False),
+    "a text that is none": (0, data, "read_texts", _fail(SettingsError("data.paths: a poem")), False),
+    "a full disk at the start": (0, files.Files, "begin", _fail(StateError("settings.json: no room")), False),
+    "a damaged state": (1, state, "_digest", lambda path: "another", False),
+    "a full disk, metrics": (0, files.Files, "write", _fail(StateError("metrics.jsonl: no room")), True),
+    "a full disk, state": (0, state, "save_file", _fail(_FULL), True),
+    "a full disk, export": (0, export, "save_tensors", _fail(_FULL), True),
+    "no number": (1, run.Optimizer, "step", lambda *_: torch.tensor(math.nan), True),
+    "memory": (1, run.F, "cross_entropy", _fail(MemoryError("not enough memory")), True),
+    "killed": (1, run.F, "cross_entropy", die, True),
+}
+
+
+def failing_rank(rank: int, world: int, port: int, folder: Path, arguments: list[str], failure: str) -> None:
+    """`zemoe train` as torchrun starts it, with a key of FAILURES; stderr goes to `folder`/stderr-0, -1, .."""
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+    where, owner, name, replacement, later = FAILURES[failure]
+    if where == rank:
+        whole, trainers = getattr(owner, name), _trainers()
+
+        def now_or_later(*args: Any, **kwargs: Any) -> Any:
+            due = not later or (trainers and trainers[0].progress.step >= 5)
+            return (replacement if due else whole)(*args, **kwargs)
+
+        setattr(owner, name, now_or_later)
+    with (folder / f"stderr-{rank}").open("w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(["train", *arguments]))
+
+
+def _trainers() -> list[run.Trainer]:
+    """Those that this process makes from here on."""
+    made: list[run.Trainer] = []
+    init = run.Trainer.__init__
+
+    def remember(self: run.Trainer, *args: Any) -> None:
+        made.append(self)
+        init(self, *args)
+
+    run.Trainer.__init__ = remember
+    return made
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:

@@ -18,7 +18,7 @@ from ..checkpoint import CheckpointError
 from ..generate import CommandError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
-from .state import StateError
+from .state import TrainingError
 from .view import View, at_step, headline, number, open_view, training_line
 
 # For a model that is trained already, where neither the file nor --set says anything: a smaller learning rate, fewer
@@ -50,7 +50,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except SettingsError as error:
         raise CommandError(str(error)) from error
-    except (StateError, ReportError, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (TrainingError, ReportError, CheckpointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise CommandError(str(error) or type(error).__name__, 1) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # torch's CPU allocator has no exception of its own
@@ -107,20 +107,21 @@ def _stored(out: Path) -> dict[str, dict[str, Any]]:
 def run(request: TrainRequest, out: Console, as_json: bool) -> int:
     """Train, showing it on `out`; the exit code: 0, 130 for a run that was stopped. Raises CommandError.
 
-    Of the processes that torchrun starts, the first alone shows the run, and what was asked for wrongly.
+    Of the processes that torchrun starts, the first alone shows the run. An error is told by each: the first one to
+    end has torchrun end the others, perhaps before they could say anything.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
-    with _one_line_errors():
-        try:
-            return _run(request, open_view(out, as_json) if first else View(), first)
-        except SettingsError:
-            if first:
-                raise
-            return 2
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with _one_line_errors():
+            return _run(request, open_view(out, as_json) if rank == 0 else View(), rank == 0)
+    except CommandError as error:
+        if rank == 0:
+            raise
+        raise CommandError(f"process {rank}: {error}", error.code) from error
 
 
 def _run(request: TrainRequest, view: View, first: bool) -> int:
-    from .run import Diverged, train
+    from .run import train
 
     settings = settings_of(request)
     if settings.report.plots:
@@ -129,11 +130,8 @@ def _run(request: TrainRequest, view: View, first: bool) -> int:
         with suppress(ReportError):  # there is nothing yet
             before = read_metrics(Path(settings.run.out))
             view.remember(before.train, before.evals)
-    try:
-        with view:
-            end = train(settings, resume=request.resume, listener=view)
-    except Diverged as error:
-        raise CommandError(str(error), 1) from error
+    with view:
+        end = train(settings, resume=request.resume, listener=view)
     if settings.report.plots and first:
         draw(Path(settings.run.out))
     return 130 if end["reason"] == "stopped" else 0

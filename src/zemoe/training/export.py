@@ -63,6 +63,8 @@ def export(
             sync(path)
     except (OSError, SafetensorError):
         shutil.rmtree(unfinished, ignore_errors=True)  # the room that it took
+        for _ in tensors:  # in whose shards the other ranks wait for this one
+            pass
         raise
     _swap(unfinished, folder)
 

@@ -37,8 +37,7 @@ class Files(AbstractContextManager["Files"]):
         return state.writing(f"{self.out}: {what}", self.states)
 
     def last_state(self) -> str:
-        kept = state.steps(self.states)
-        return f"the state of step {kept[-1]} is kept" if kept else "there is no state yet"
+        return state.last_state(self.states)
 
     def begin(self, settings: Settings, metrics_bytes: int) -> None:
         """Settings as they are now, and metrics.jsonl without what a run wrote after the state that it goes on from."""
@@ -130,36 +129,45 @@ def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool)
     Raises:
         SettingsError, StateError: as `zemoe.training.run.train`; what an earlier run left is as it was.
     """
-    reader = _go_on_from(files, settings, resume)
-    start = start_folder(settings.model.start) if settings.model.start else None
-    config = read_start(start) if start is not None else None
-    context, parts = settings.data.context, settings.train.accumulate * processes.world
-    if settings.train.rows % parts:
-        raise SettingsError(
-            f"train.rows must be a multiple of train.accumulate={settings.train.accumulate} times {processes.world} "
-            f"processes, got {settings.train.rows}"
-        )
-    if config is not None and context > config.max_position_embeddings:
-        raise SettingsError(f"data.context must be at most the model's {config.max_position_embeddings}, got {context}")
-
-    corpus = None
-    if processes.first:
-        texts = data.read_texts(data.text_files(settings.data.paths))
-        with files.writing("the tokenizer or the encoded text"):
-            files.out.mkdir(parents=True, exist_ok=True)
-            if reader is None or not files.tokenizer.exists():
-                state.write_bytes(files.tokenizer, _tokenizer_json(settings, start, texts))
-            tokenizer = data.load_tokenizer(files.tokenizer)
-            end = tokenizer.token_to_id(END_OF_TEXT) if config is None else end_of(config)
-            corpus = data.encode(texts, tokenizer, settings.data.heldout, end, files.corpus)
-    processes.wait()
-    if corpus is None:
-        corpus = data.read_cache(files.corpus)
-        assert corpus is not None, "the first process has written it"
-    if reader is not None and corpus.fingerprint != reader.about["corpus"]:
-        raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
-    config = config or new_config(settings.model, data.load_tokenizer(files.tokenizer), context)
-    ffn_experts = wanted_ffn_experts(config, settings.train.ffn_experts)
-    corpus.check(context, config.vocab_size)
-    files.begin(settings, reader.about["metrics_bytes"] if reader is not None else 0)
+    start = corpus = None
+    with processes.together():
+        reader = _go_on_from(files, settings, resume)
+        start = start_folder(settings.model.start) if settings.model.start else None
+        config = read_start(start) if start is not None else None
+        context, parts = settings.data.context, settings.train.accumulate * processes.world
+        if settings.train.rows % parts:
+            raise SettingsError(
+                f"train.rows must be a multiple of train.accumulate={settings.train.accumulate} times "
+                f"{processes.world} processes, got {settings.train.rows}"
+            )
+        if config is not None and context > config.max_position_embeddings:
+            most = config.max_position_embeddings
+            raise SettingsError(f"data.context must be at most the model's {most}, got {context}")
+        if processes.first:
+            corpus = _encoded(settings, files, start, config, anew=reader is None)
+    with processes.together():  # what the first process has made is there
+        corpus = corpus or data.read_cache(files.corpus)
+        if corpus is None:
+            raise StateError(f"{files.corpus}: not readable here; run.out must be one folder for all processes")
+        if reader is not None and corpus.fingerprint != reader.about["corpus"]:
+            raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
+        config = config or new_config(settings.model, data.load_tokenizer(files.tokenizer), context)
+        ffn_experts = wanted_ffn_experts(config, settings.train.ffn_experts)
+        corpus.check(context, config.vocab_size)
+    with processes.together():
+        files.begin(settings, reader.about["metrics_bytes"] if reader is not None else 0)
     return Prepared(config, ffn_experts, start, corpus, reader)
+
+
+def _encoded(
+    settings: Settings, files: Files, start: Path | None, config: LongcatFlashConfig | None, *, anew: bool
+) -> Corpus:
+    """The text in tokens, which is written as well, and a tokenizer beside it if there is none or `anew`."""
+    texts = data.read_texts(data.text_files(settings.data.paths))
+    with files.writing("the tokenizer or the encoded text"):
+        files.out.mkdir(parents=True, exist_ok=True)
+        if anew or not files.tokenizer.exists():
+            state.write_bytes(files.tokenizer, _tokenizer_json(settings, start, texts))
+        tokenizer = data.load_tokenizer(files.tokenizer)
+        end = tokenizer.token_to_id(END_OF_TEXT) if config is None else end_of(config)
+        return data.encode(texts, tokenizer, settings.data.heldout, end, files.corpus)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..doctor import usable_devices
 from .settings import RunSettings, SettingsError
+from .state import TrainingError, last_state
+
+
+class RankError(TrainingError):
+    """Another process of the run has failed, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,38 @@ class Ranks:
         """Whether it holds on any rank; through the CPU, so that a GPU is not waited for."""
         return flag if self.mode == "alone" else bool(self.sum_(torch.tensor(int(flag))))
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.any(False)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Until all ranks are here; what fails on one of them then fails on all, which would wait for it forever.
+
+        Each rank raises its own error, or one that names a rank that failed: SettingsError if its was one, else
+        RankError. The block must call no collectives, or the same ones where it fails.
+        """
+        if self.mode == "alone":
+            yield
+            return
+        mine: Exception | None = None
+        try:
+            yield
+        except (TrainingError, SettingsError, OSError) as error:
+            mine = error
+        if not self.any(mine is not None):
+            return
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, None if mine is None else (isinstance(mine, SettingsError), str(mine)))
+        if mine is not None:
+            raise mine
+        rank, (asked_wrongly, text) = next((rank, said) for rank, said in enumerate(told) if said is not None)
+        raise (SettingsError if asked_wrongly else RankError)(f"process {rank} failed: {text}")
+
+
+def _kind(name: str) -> str:
+    return usable_devices()[-1].partition(":")[0] if name == "auto" else name
 
 
 def _device(name: str, number: int | None) -> torch.device:
     """The device called `name`; `number`: of this process on its machine, None if it is alone."""
-    usable = usable_devices()
-    kind = usable[-1].partition(":")[0] if name == "auto" else name
+    usable, kind = usable_devices(), _kind(name)
     full = kind if kind == "cpu" or ":" in kind else f"{kind}:{number or 0}"
     if number is not None and ":" in kind:
         raise SettingsError(f"run.device must be without a number under torchrun, got {name!r}")
@@ -90,19 +119,29 @@ def ranks(run: RunSettings) -> Iterator[Ranks]:
     A group that is there must reduce CPU tensors too ("gloo", "cpu:gloo,cuda:nccl"); it is left as it was.
 
     Raises:
-        SettingsError: for a device that isn't there.
+        SettingsError: for a device that isn't there, on any of them.
+        RankError: if another process ends before this one, inside of the `with` block.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
     there = dist.is_available() and dist.is_initialized()
     if not launched and not there:
         yield Ranks(0, 1, "alone", _device(run.device, None))
         return
-    number = int(os.environ["LOCAL_RANK"]) if launched else dist.get_rank() % max(torch.accelerator.device_count(), 1)
-    device = _device(run.device, number)
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-    if not there:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(dist.get_rank(), dist.get_world_size(), run.parallel, device)
+    if not there:  # before a device is looked for, so that all learn of one that isn't there
+        nccl = _kind(run.device) == "cuda" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+    processes = Ranks(dist.get_rank(), dist.get_world_size(), run.parallel, torch.device("cpu"))
+    number = int(os.environ["LOCAL_RANK"]) if launched else processes.rank % max(torch.accelerator.device_count(), 1)
+    try:
+        with processes.together():
+            device = _device(run.device, number)
+            if device.type != "cpu":
+                torch.accelerator.set_device_index(device.index)
+        yield replace(processes, device=device)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):  # gloo has no exception of its own
+            raise
+        kept = last_state(Path(run.out) / "states")
+        raise RankError(f"another process of the run has failed or was killed; {kept}") from error
     if not there:  # after an error the others may still be waiting in a collective: then the process just ends
         dist.destroy_process_group()

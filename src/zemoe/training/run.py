@@ -26,6 +26,7 @@ from .files import Files, Prepared, prepare
 from .model import build, checkpoint_activations, companions, count_parameters
 from .optimizer import Optimizer, rate
 from .parallel import Ranks, ranks
+from .records import routing_record
 from .settings import Settings
 from .state import TrainingError, Writer, copy_into
 from .stopping import Stop, stopping
@@ -61,10 +62,11 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
         SettingsError: for what can't be trained as it was asked for; nothing has been changed.
         StateError: for a file that could not be written, or a state that could not be read.
         Diverged: if the loss or gradient is not finite; after an "end" record with the reason "diverged".
+        RankError: if another process has failed or is gone. What fails on one process fails on all.
     """
     with (
-        stopping() as stop,
         ranks(settings.run) as processes,
+        stopping() as stop,  # not before: until the processes have met, nobody would look whether a signal came
         Files(Path(settings.run.out), writes=processes.first) as files,
     ):
         prepared = prepare(settings, processes, files, resume=resume)
@@ -101,8 +103,9 @@ class Trainer:
         config, train, reader = prepared.config, settings.train, prepared.reader
         self.K_e = prepared.ffn_experts
         self.E, self.Z, self.K = config.n_routed_experts, config.zero_expert_num or 0, config.moe_topk
-        self.companions = companions(settings, prepared.start)
-        self.model = build(config, train.seed, prepared.start if reader is None else None)
+        with processes.together():
+            self.companions = companions(settings, prepared.start)
+            self.model = build(config, train.seed, prepared.start if reader is None else None)
         self.parameters = count_parameters(self.model, self.K_e)
         if train.checkpoint_activations:
             checkpoint_activations(self.model)
@@ -123,7 +126,8 @@ class Trainer:
         self.busy = 0.0  # seconds in steps since the last "train" record
         self.since = 0  # the step of it
         if reader is not None:
-            copy_into(dict(self._tensors()), reader)
+            with processes.together():
+                copy_into(dict(self._tensors()), reader)
             self.progress = Progress(**reader.about["progress"])
             self.since = self.progress.step
 
@@ -273,7 +277,7 @@ class Trainer:
         if best:
             progress.best_step, progress.best_bits = progress.step, bits
             run = self.settings.run
-            with self.files.writing("the export"):
+            with self.ranks.together(), self.files.writing("the export"):
                 export(
                     self.model,
                     self.files.export,
@@ -301,22 +305,24 @@ class Trainer:
             yield f"bias/{layer}", bias
 
     def _save(self) -> None:
-        writer = Writer(self.files.states, self.progress.step, writes=self.ranks.first)
-        writer.add(self._tensors())
-        about = {
-            "settings": self.settings.that_decide(),
-            "corpus": self.corpus.fingerprint,
-            "progress": vars(self.progress),
-            "metrics_bytes": self.files.metrics_bytes(),
-        }
-        path = writer.finish(about, self.settings.run.keep)
-        self.ranks.wait()  # the state is there for all
+        with self.ranks.together():
+            writer = Writer(self.files.states, self.progress.step, writes=self.ranks.first)
+        with self.ranks.together():  # then the state is there for all
+            writer.add(self._tensors())
+            about = {
+                "settings": self.settings.that_decide(),
+                "corpus": self.corpus.fingerprint,
+                "progress": vars(self.progress),
+                "metrics_bytes": self.files.metrics_bytes(),
+            }
+            path = writer.finish(about, self.settings.run.keep)
         self._tell({"kind": "saved", "step": self.progress.step, "path": str(path)})
 
     def _tell(self, record: Record) -> None:
-        if self.ranks.first:
-            self.files.write(record)
-            self.listener(record)
+        with self.ranks.together():
+            if self.ranks.first:
+                self.files.write(record)
+                self.listener(record)
 
     def _run_record(self) -> Record:
         settings, corpus = self.settings, self.corpus
@@ -343,28 +349,8 @@ class Trainer:
     def _train_record(self, norm: float) -> Record:
         """All but the speed; starts new means."""
         progress, settings = self.progress, self.settings
-        seen = self.tally.statistics(biases=self.routers)
-        zero_means = dict.fromkeys(self.routers)
-        if self.Z:
-            means = torch.stack([bias[self.E :].mean() for bias in self.routers.values()]).tolist()
-            zero_means = dict(zip(self.routers, means, strict=True))
-        totals = seen.to_dict()
         loss, balance = progress.lm_sum / progress.summed, progress.balance_sum / progress.summed
         progress.lm_sum, progress.balance_sum, progress.summed = 0.0, 0.0, 0
-        by_layer = [
-            {
-                "ffn_experts": layer["ffn_mean"],
-                "ffn_experts_std": layer["ffn_std"],
-                "zero_share": layer["zero_share"],
-                "max_over_mean_load": layer["max_load"],
-                "dead_experts": len(layer["dead_experts"]),
-                "bias_ffn_mean": layer["bias_mean"],
-                "bias_zero_mean": zero_means[name],
-                "bias_min": layer["bias_min"],
-                "bias_max": layer["bias_max"],
-            }
-            for name, layer in totals["layers"].items()
-        ]
         return {
             "kind": "train",
             "step": progress.step,
@@ -374,12 +360,7 @@ class Trainer:
             "balance_loss": balance,
             "learning_rate": settings.train.learning_rate * rate(settings.train, progress.step - 1),
             "grad_norm": norm,
-            "ffn_experts": totals["ffn_mean"],
-            "ffn_experts_std": totals["ffn_std"],
-            "zero_share": totals["zero_share"],
-            "max_over_mean_load": totals["max_load"],
-            "dead_experts": totals["dead_experts"],
-            "by_layer": by_layer,
+            **routing_record(self.tally, self.routers, self.E),
         }
 
     def _with_speed(self, record: Record) -> Record:

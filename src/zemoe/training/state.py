@@ -71,6 +71,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def last_state(folder: Path) -> str:
+    """For people."""
+    kept = steps(folder)
+    return f"the state of step {kept[-1]} is kept" if kept else "there is no state yet"
+
+
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
@@ -95,6 +101,7 @@ class Writer:
         self.pending: dict[str, Tensor] = {}
         self.size = 0
         self.files: dict[str, dict[str, Any]] = {}
+        self.failed: StateError | None = None
         if writes:
             with self._writing():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -112,13 +119,20 @@ class Writer:
                 raise
 
     def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take (name, tensor) pairs, on every rank: sharded ones are put together."""
+        """Take (name, tensor) pairs, on every rank: sharded ones are put together.
+
+        What can't be written is told by `finish`: the other ranks wait for this one's part of the tensors to come.
+        """
         for name, tensor in tensors:
             whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            if not self.writes:
+            if not self.writes or self.failed is not None:
                 continue
             if self.pending and self.size + whole.nbytes > _PART_BYTES:
-                self._flush()
+                try:
+                    self._flush()
+                except StateError as error:
+                    self.failed = error
+                    continue
             self.pending[name] = whole.to("cpu", copy=True).contiguous()
             self.size += whole.nbytes
 
@@ -131,7 +145,13 @@ class Writer:
         self.pending, self.size = {}, 0
 
     def finish(self, about: Mapping[str, Any], keep: int) -> Path:
-        """The state exists from here on; of older ones the last `keep` - 1 stay. Returns its folder."""
+        """The state exists from here on; of older ones the last `keep` - 1 stay. Returns its folder.
+
+        Raises:
+            StateError: if it could not be written, now or before.
+        """
+        if self.failed is not None:
+            raise self.failed
         final = _path(self.folder, self.step)
         if self.writes:
             self._flush()
