@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 # The oldest transformers that we support, beside the newest in the environment itself.
 OLDEST := $(VENV)/transformers-5.17.0
 
-.PHONY: run test test-oldest test-gpu bench check clean
+.PHONY: run test test-oldest test-gpu sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -23,6 +23,15 @@ test-oldest: $(READY) $(OLDEST)
 GPU_TESTS := $(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py)
 test-gpu:
 	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P 8 -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
+
+# Reads SGLang's wheels, of the versions that docs/sglang.md names, without installing them; renews tests/sglang_facts.json.
+SGLANG := $(VENV)/sglang
+sglang: $(READY)
+	mkdir -p $(SGLANG)
+	set -e; for version in 0.5.11 0.5.14 0.5.23; do \
+		$(PIP) download --no-deps --only-binary :all: --dest $(SGLANG) sglang==$$version; done
+	$(BIN)/python tests/sglang_facts.py $(SGLANG)
+	$(BIN)/python -m pytest tests/test_sglang.py
 
 bench: $(READY)
 	$(BIN)/zemoe bench

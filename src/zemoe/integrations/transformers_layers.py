@@ -83,7 +83,7 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
     def release(self) -> None:
         """Undo what `adopt` did but for the dtype."""
         classifier: Any = self.classifier
-        if type(classifier) is ZeroExpertLongcatClassifier:
+        if classifier.__class__ is ZeroExpertLongcatClassifier:
             classifier.__class__ = nn.Linear
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -1,0 +1,48 @@
+"""LongCat-Flash in SGLang (0.5.11 to 0.5.23), with MoE layers computed by zemoe: the plug-in that SGLang finds itself.
+
+SGLang calls `register` in each of its processes (entry point `sglang.srt.plugins`). It has SGLang's registry of hooks
+put our class in the place of `LongcatFlashMoE`; what that does is in `sglang_layers.py`. `ZEMOE_SGLANG=0` turns the
+plug-in off.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.version import __version__ as sglang_version
+
+# Versions of which the sources were read and tried (docs/sglang.md).
+OLDEST, NEWEST = (0, 5, 11), (0, 5, 23)
+SWITCH = "ZEMOE_SGLANG"
+TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE"
+
+logger = logging.getLogger("sglang.plugins.zemoe")
+
+
+def why_not(version: str, switch: str | None) -> str | None:
+    """Why the plug-in does nothing with this SGLang and this value of ZEMOE_SGLANG, or None."""
+    if switch == "0":
+        return f"{SWITCH}=0"
+    if switch not in (None, "", "1"):
+        return f"{SWITCH} must be 0 or 1, got {switch!r}"
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or not OLDEST <= (int(found[1]), int(found[2]), int(found[3])) <= NEWEST:
+        known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+        return f"zemoe knows SGLang {known}, and this is {version}"
+    return None
+
+
+def register() -> None:
+    """Have SGLang replace its LongCat-Flash MoE layer by ours when it applies its hooks."""
+    reason = why_not(sglang_version, os.environ.get(SWITCH))
+    if reason is not None:
+        logger.info("zemoe: LongCat-Flash models have SGLang's own MoE layers: %s", reason)
+        return
+    from .sglang_layers import ZeroExpertLongcatMoE  # imports SGLang's model, as applying the hook would
+
+    HookRegistry.register(TARGET, ZeroExpertLongcatMoE, HookType.REPLACE)
