@@ -16,7 +16,7 @@ test: $(READY) test-oldest
 	$(BIN)/python -m pytest
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers.py tests/test_transformers_models.py tests/test_checkpoint.py tests/test_retrofit.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers*.py tests/test_checkpoint.py tests/test_retrofit.py
 
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
 # a file: most of the time goes to compiling kernels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import accelerate
 import pytest
@@ -13,7 +14,7 @@ from transformers.cache_utils import QuantizedLayer
 import transformers_shared
 import zemoe.integrations.transformers as bridge
 from transformers_shared import TOLERANCE, greedy, logits_of
-from transformers_tiny import tiny_model
+from transformers_tiny import tiny_ids, tiny_model
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was
@@ -82,6 +83,41 @@ def test_continuous_batching():
     assert [result.generated_tokens for result in results.values()] == alone
 
 
+# --- torch.export
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+def test_an_exported_program_computes_what_the_model_does(ours, ids):
+    with torch.no_grad():
+        program = torch.export.export(Logits(ours), (ids,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    expected = logits_of(ours, ids)
+    for runnable in (program.module(), torch.export.load(file).module()):
+        assert (runnable(ids) - expected).abs().max() < TOLERANCE
+
+
+def test_a_program_for_any_number_of_tokens(ours):
+    """With the backend that does the same for any number."""
+    model = copy.deepcopy(ours)
+    bridge.patch_(model, backend="torch")
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=32)}
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (tiny_ids(),), dynamic_shapes={"ids": sizes}).module()
+    for batch, length in ((1, 2), (3, 5), (7, 32)):
+        ids = tiny_ids(batch, length)
+        assert (program(ids) - logits_of(ours, ids)).abs().max() < TOLERANCE
+
+
 # --- offloading
 
 
@@ -105,7 +141,7 @@ PLACES = {
 ALWAYS = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
 
 
-@pytest.mark.parametrize(("layout", "place"), zip(["original", "transformers"], PLACES, strict=True))
+@pytest.mark.parametrize(("layout", "place"), list(zip(["original", "transformers"], PLACES, strict=True)))
 def test_a_device_map_with_disk(folders, stock_logits, ids, tmp_path, layout, place):
     with bridge.applied():
         model = LongcatFlashForCausalLM.from_pretrained(
