@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     LongcatFlashForCausalLM,
     LongcatFlashModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.models.longcat_flash import modeling_longcat_flash as modeling
 
 import transformers_shared
@@ -336,7 +338,10 @@ def test_tensor_parallel_plan(folders, stock, stock_logits, ids, tmp_path, layou
     assert found["class"] == "ZeroExpertLongcatExperts"
     assert found["local_gate_up"] == (5, 24, 32)  # half the width of every expert, gate and up
     assert (found["logits"] - stock_logits).abs().max() < TOLERANCE
-    model = copy.deepcopy(stock)
+    assert_gradients_of_shared_weights(found, copy.deepcopy(stock), ids)
+
+
+def assert_gradients_of_shared_weights(found: dict, model, ids: torch.Tensor) -> None:
     model(ids).logits.square().mean().backward()
     layer = model.model.layers[0]
     expected = {"router": layer.mlp.router.classifier.weight, "norm": layer.post_attention_layernorm[0].weight}
@@ -352,3 +357,21 @@ def test_whole_experts_may_be_sharded(folders, stock_logits, tmp_path, layout):
     found = run_two_ranks(folders[layout], tmp_path / "result.pt", "fsdp_size")
     assert found["local_gate_up"] == (3, 48, 32)
     assert (found["logits"] - stock_logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ep_size" not in signature(DistributedConfig).parameters, reason="transformers 5.17 has no ep_size")
+def test_expert_parallel_plan(ids, tmp_path):
+    """Two ranks with three whole experts each: tokens travel with gradients, partial sums without; both are stock's."""
+    model = tiny_model(n_routed_experts=6)
+    with torch.no_grad():
+        expected = model(ids).logits
+    patched = copy.deepcopy(model)
+    bridge.patch_(patched)
+    patched.save_pretrained(tmp_path / "checkpoint")
+    found = run_two_ranks(tmp_path / "checkpoint", tmp_path / "result.pt", "experts")
+    assert found["class"] == "ZeroExpertLongcatExperts"
+    assert found["local_gate_up"] == (3, 48, 32)
+    for logits in (found["logits"], found["logits without gradients"]):
+        assert (logits - expected).abs().max() < TOLERANCE
+    assert_gradients_of_shared_weights(found, model, ids)

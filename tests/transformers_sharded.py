@@ -1,4 +1,4 @@
-"""One rank of the tests with sharded weights; arguments: rank, port, checkpoint, result, "tp_size" or "fsdp_size".
+"""One rank of the tests with sharded weights; arguments: rank, port, checkpoint, result, and which of PLANS.
 
 Rank 0 writes logits and, under tensor parallelism, gradients of what every rank holds in full, to the result file.
 """
@@ -13,7 +13,13 @@ from transformers import LongcatFlashForCausalLM
 from transformers.distributed import DistributedConfig
 
 from transformers_tiny import tiny_ids
-from zemoe.integrations.transformers import applied
+from zemoe.integrations.transformers import EP_PLAN, applied
+
+PLANS = {
+    "tp_size": {"tp_size": 2},
+    "fsdp_size": {"fsdp_size": 2},
+    "experts": {"tp_size": 2, "ep_size": 2, "ep_plan": EP_PLAN},  # attention and dense layers by tensor parallelism
+}
 
 
 def main(rank: str, port: str, checkpoint: str, result: str, plan: str) -> None:
@@ -21,16 +27,19 @@ def main(rank: str, port: str, checkpoint: str, result: str, plan: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     with applied():
-        config = DistributedConfig(**{plan: 2})
+        config = DistributedConfig(**PLANS[plan])
         model = LongcatFlashForCausalLM.from_pretrained(checkpoint, distributed_config=config, dtype=torch.float32)
     logits = model(tiny_ids()).logits
+    with torch.no_grad():
+        without = model(tiny_ids()).logits
     layer = model.model.layers[0]
     found = {
         "logits": logits.detach(),
+        "logits without gradients": without,
         "class": type(layer.mlp.experts).__name__,
         "local_gate_up": tuple(layer.mlp.experts.gate_up_proj.to_local().shape),
     }
-    if plan == "tp_size":
+    if plan != "fsdp_size":
         logits.square().mean().backward()
         found["router"] = layer.mlp.router.classifier.weight.grad
         found["norm"] = layer.post_attention_layernorm[0].weight.grad

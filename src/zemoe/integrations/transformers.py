@@ -35,7 +35,15 @@ from .transformers_layers import (
 )
 from .transformers_patch import STOCK_CAN_COMPILE, PatchReport, longcat_layers, patch_, unpatch_
 
+# For DistributedConfig(ep_size=..., ep_plan=EP_PLAN), whole experts on each rank: transformers has no such plan itself.
+EP_PLAN = {
+    "model.layers.*.mlp.experts": "ep_dispatch_experts",
+    "model.layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "model.layers.*.mlp.experts.down_proj": "grouped_gemm",
+}
+
 __all__ = [
+    "EP_PLAN",
     "PatchReport",
     "ZeroExpertLongcatExperts",
     "ZeroExpertLongcatMoE",

@@ -115,6 +115,8 @@ class ZeroExpertLongcatExperts(StockExperts):
 
     backend: str | None
     activation: str
+    num_experts: int  # of this rank, under expert parallelism
+    _is_expert_parallel = False  # transformers sets both where its plan divides the experts
 
     def __init__(self, config: Any) -> None:
         nn.Module.__init__(self)  # stock's would allocate rows for the zero experts
@@ -134,19 +136,32 @@ class ZeroExpertLongcatExperts(StockExperts):
         """Make stock experts ours, in place, but for their dead rows."""
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.backend = None
+        self.num_experts = self.num_routed_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states: [T, H]; top_k_index, top_k_weights: [T, K]. The weighted sums, [T, H]."""
+        """hidden_states: [T, H]; top_k_index, top_k_weights: [T, K]. The weighted sums, [T, H].
+
+        Under expert parallelism those of this rank's experts: an id past them is another rank's, and zero experts were
+        taken out before.
+        """
+        if self._is_expert_parallel:
+            skipped = top_k_index >= self.num_experts
+            if not top_k_weights.requires_grad:
+                skipped = skipped | (top_k_weights == 0)
+            return self._fused(hidden_states, top_k_index.masked_fill(skipped, -1), top_k_weights, self.num_experts)
         identity_weights = self.identity_expert(top_k_weights)
         if identity_weights is not top_k_weights:
             top_k_weights = torch.where(top_k_index < self.num_routed_experts, top_k_weights, identity_weights)
+        return self._fused(hidden_states, top_k_index, top_k_weights, self.num_routed_experts)
+
+    def _fused(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
         return fused_experts(
-            hidden_states,
+            x_TH,
             self.gate_up_proj,
             self.down_proj,
-            top_k_weights,
-            top_k_index,
-            num_experts=self.num_routed_experts,
+            weights_TK,
+            ids_TK,
+            num_experts=num_experts,
             zero_expert_kinds=(("identity", self.zero_expert_num),),
             activation=self.activation,
             backend=self.backend,
@@ -167,4 +182,18 @@ class ZeroExpertLongcatMoE(StockMoE):
         """hidden_states: [..., H]; the same shape and dtype out."""
         _, topk_weights, topk_ids = self.router(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.experts._is_expert_parallel:
+            return self._across_ranks(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
         return self.experts(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
+
+    def _across_ranks(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Zero experts at home, FFN experts where transformers' expert parallelism has put them.
+
+        It sends every choice to an expert: a zero choice to one of this rank, with weight 0.
+        """
+        experts: Any = self.experts
+        zero_TK = ids_TK >= experts.num_routed_experts
+        home = experts.gate_up_proj.device_mesh.get_local_rank() * experts.num_experts
+        y_TH = experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
+        alpha_T1 = weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
+        return (y_TH + alpha_T1 * x_TH).to(x_TH.dtype)
