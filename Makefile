@@ -6,17 +6,22 @@ READY  := $(VENV)/.ready
 PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 # The oldest transformers that we support, beside the newest in the environment itself.
 OLDEST := $(VENV)/transformers-5.17.0
+VLLM   := .venv-vllm
 
-.PHONY: run test test-oldest test-gpu sglang bench check clean
+.PHONY: run test test-oldest test-vllm test-gpu sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
 
-test: $(READY) test-oldest
+test: $(READY) test-oldest test-vllm
 	$(BIN)/python -m pytest
 
 test-oldest: $(READY) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers*.py tests/test_checkpoint.py tests/test_retrofit.py
+
+# vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/test_vllm*.py
 
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
 # a file: most of the time goes to compiling kernels.
@@ -42,7 +47,7 @@ check: $(READY)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VLLM) build dist
 
 # torch comes first and alone: with it in place no later step pulls in a much larger build as a dependency.
 $(READY): pyproject.toml constraints.txt
@@ -55,3 +60,9 @@ $(OLDEST): $(READY)
 	rm -rf $@ $@.partial
 	$(PIP) install --target $@.partial transformers==5.17.0
 	mv $@.partial $@
+
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip --quiet --disable-pip-version-check install --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/pip --quiet --disable-pip-version-check install --no-deps --editable .
+	touch $@
