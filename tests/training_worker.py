@@ -175,6 +175,7 @@ def failing_rank(rank: int, world: int, port: int, folder: Path, arguments: list
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+    state._PART_BYTES = 100_000  # a state in parts, so that one fails while tensors are still to come
     where, owner, name, replacement, later = FAILURES[failure]
     if where == rank:
         whole, trainers = getattr(owner, name), _trainers()

@@ -54,6 +54,12 @@ class Ranks:
             return DistributedDataParallel(model, gradient_as_bucket_view=True)
         return model
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor on the device; a GPU is not waited for, which a copy from unpinned memory would do."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def sharing_gradients(self, wrapped: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """For one micro-batch, forward and backward: the ranks' gradients are averaged in the last one only."""
         if isinstance(wrapped, FSDPModule):

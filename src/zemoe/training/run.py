@@ -140,7 +140,7 @@ class Trainer:
         count = train.rows // parts
         first = self.progress.step * train.rows + (number * self.ranks.world + self.ranks.rank) * count
         inputs, targets = self.rows.batch(first, count)
-        return inputs.to(self.ranks.device), targets.to(self.ranks.device)
+        return self.ranks.put(inputs), self.ranks.put(targets)
 
     def _logits(self, model: Any, inputs: Tensor) -> Tensor:
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -258,8 +258,8 @@ class Trainer:
             processes.rank,
             processes.world,
         ):
-            targets = targets.to(processes.device)
-            logits = self._logits(self.model, inputs.to(processes.device))
+            targets = processes.put(targets)
+            logits = self._logits(self.model, processes.put(inputs))
             nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
             total += torch.stack([nats.double(), (targets != IGNORE).sum().double()])
         self.model.train()
