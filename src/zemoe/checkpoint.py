@@ -86,7 +86,8 @@ class Manifest:
         return sum(info.num_bytes for info in self.tensors.values())
 
 
-def _load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or CheckpointError."""
     try:
         loaded = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -156,7 +157,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "missing"
         raise CheckpointError(f"{folder}: {kind}, expected a checkpoint folder with config.json and *.safetensors")
-    config = _load_json(folder / "config.json")
+    config = load_json(folder / "config.json")
     check_config(config, str(folder / "config.json"))
     return config
 
@@ -279,7 +280,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The names of the weight files, and the index {tensor: file} where there is one."""
     if (folder / INDEX_NAME).exists():
-        index = _load_json(folder / INDEX_NAME).get("weight_map")
+        index = load_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{folder / INDEX_NAME}: weight_map must be an object that names each tensor's file")
         for tensor, file in index.items():
@@ -298,7 +299,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     raise CheckpointError(f"{folder / SINGLE_NAME}: no such file, and no {INDEX_NAME} either")
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder, from its index and its files' headers; CheckpointError where they disagree."""
     files, index = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -338,7 +340,14 @@ def verify(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = {name: info for name, info in _read_tensors(folder).items() if not _NOT_OURS.search(name)}
+    return check_tensors(folder, config, read_tensors(folder), WEIGHT_DTYPES)
+
+
+def check_tensors(
+    folder: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo], dtypes: tuple[str, ...]
+) -> Manifest:
+    """What `verify` finds, of tensors found already; CheckpointError for one that is missing or doesn't fit."""
+    tensors = {name: info for name, info in found.items() if not _NOT_OURS.search(name)}
     layout = layout_of(tensors, config)
     expected = expected_shapes(config, layout)
     source = folder / INDEX_NAME if (folder / INDEX_NAME).exists() else folder / SINGLE_NAME
@@ -353,9 +362,9 @@ def verify(folder: str | Path) -> Manifest:
             raise CheckpointError(
                 f"{folder / info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
             )
-        if info.dtype not in WEIGHT_DTYPES:
+        if info.dtype not in dtypes:
             raise CheckpointError(
-                f"{folder / info.file}: tensor {name} has dtype {info.dtype}, supported are {', '.join(WEIGHT_DTYPES)}"
+                f"{folder / info.file}: tensor {name} has dtype {info.dtype}, supported are {', '.join(dtypes)}"
             )
     for name, info in tensors.items():
         tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
@@ -363,7 +372,7 @@ def verify(folder: str | Path) -> Manifest:
             raise CheckpointError(
                 f"{folder / info.file}: tensor {name} {list(info.shape)} is not part of this config.json"
             )
-    return Manifest(folder, config, layout, tensors)
+    return Manifest(folder, dict(config), layout, tensors)
 
 
 def stream(checkpoint: str | Path | Manifest) -> Iterator[tuple[str, Tensor]]:

@@ -23,8 +23,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.monkey_patching import get_patch_mapping
 
 from ..checkpoint import CheckpointError, save_tensors, transformers_layout, verify
+from ..checkpoint_fp8 import is_quantized, verify_quantized
 from . import transformers_conversions as conversions
 from . import transformers_experts as by_name
+from .transformers_fp8 import load_dequantized
 from .transformers_layers import (
     StockMoE,
     ZeroExpertLongcatExperts,
@@ -174,19 +176,29 @@ def load_model(
     no pickle is opened, and transformers is left as it was.
 
     Args:
-        folder: with config.json and safetensors, in any layout that zemoe.checkpoint knows.
-        device: where the model goes. dtype: of all but the router, "auto" for the checkpoint's own.
+        folder: with config.json and safetensors, in any layout that zemoe.checkpoint knows; FP8 weights (in the format
+            of zemoe.checkpoint_fp8) are dequantized while they are read.
+        device: where the model goes. dtype: of all but the router, "auto" for the checkpoint's own (FP8: bfloat16).
         backend: as for `patch_`.
 
     Raises:
         zemoe.checkpoint.CheckpointError: naming file and tensor. ValueError: for a backend that can't run it.
     """
     folder = Path(folder)
-    verify(folder)
+    quantized = verify_quantized(folder) if is_quantized(folder) else None
+    if quantized is None:
+        verify(folder)
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         raise ValueError(f"folder must be a plain checkpoint, got {adapter}: adapters are not supported")
     config = load_config(folder)
+    if quantized is not None:
+        delattr(config, "quantization_config")
+        with applied():
+            model: Any = load_dequantized(quantized, config, torch.bfloat16 if dtype == "auto" else _dtype_of(dtype))
+        model.to(device)
+        patch_(model, backend)
+        return model
     with applied():
         loaded: Any = modeling.LongcatFlashForCausalLM.from_pretrained(
             folder,
@@ -204,6 +216,13 @@ def load_model(
     model.to(device)
     patch_(model, backend)
     return model
+
+
+def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype or its name, got {dtype!r}")
+    return found
 
 
 def export(model: modeling.LongcatFlashForCausalLM, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> list[str]:
