@@ -74,7 +74,14 @@ class ZeroExpertBlock(nn.Module):
 
     def release(self) -> None:
         """Take out what `adopt` added, as far as it is there."""
-        for added in ("zero_weight", "selector", "e_score_correction_bias", "rules", "zero_experts_enabled"):
+        for added in (
+            "zero_weight",
+            "zero_bias",
+            "selector",
+            "e_score_correction_bias",
+            "rules",
+            "zero_experts_enabled",
+        ):
             for where in (self._parameters, self._buffers, self._modules, vars(self)):
                 where.pop(added, None)
 

@@ -35,12 +35,13 @@ class ZeroExpertMixtralBlock(ZeroExpertBlock, mixtral.MixtralSparseMoeBlock):
 
 
 class _GateHasBias(ZeroExpertBlock):
-    """A block with the selection bias [E] that its gate has."""
+    """A block with the selection bias [E] that its gate has; a published one may have `zero_bias` [Z] too."""
 
     @property
     def e_score_correction_bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The gate's own buffer [E]."""
-        return self.gate.get_buffer("e_score_correction_bias")
+        """The gate's own buffer [E], or [A] where zero experts have a bias."""
+        bias_E, zero_bias_Z = self.gate.get_buffer("e_score_correction_bias"), self._buffers.get("zero_bias")
+        return bias_E if zero_bias_Z is None else torch.cat([bias_E, zero_bias_Z])
 
 
 class ZeroExpertDeepseekV3Block(_GateHasBias, deepseek.DeepseekV3MoE):
