@@ -22,7 +22,7 @@ from .transformers_layers import modeling
 _EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<which>gate|up|down)_proj\.weight$")
 
 
-def _place(model: nn.Module, name: str) -> torch.Tensor:
+def place(model: nn.Module, name: str) -> torch.Tensor:
     """The part of the model that a tensor of the original layout goes to."""
     expert = _EXPERT.match(name)
     if expert is None:
@@ -45,6 +45,6 @@ def load_dequantized(
     with no_init_weights():
         model = modeling.LongcatFlashForCausalLM._from_config(config, dtype=dtype)
     for name, tensor in original_layout(stream_dequantized(manifest, dtype), config.n_routed_experts):
-        _place(model, name).copy_(tensor)
+        place(model, name).copy_(tensor)
     model.tie_weights()
     return model.eval()
