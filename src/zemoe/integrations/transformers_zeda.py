@@ -1,8 +1,8 @@
 """Checkpoints that ZEDA has published, Qwen3-MoE and GLM-4.7-Flash with zero experts, in transformers' own models.
 
 Their config.json has the base model's entries and `zce_nums`, `zce_types` and `use_zce_mask`; `mlp.gate.weight` has A
-rows, `mlp.gate.e_score_correction_bias` (GLM) A entries, FFN experts first; zero experts have no other tensors. All else is
-the base model's. Source: ZEDA (arXiv 2605.18643) and its repository.
+rows, `mlp.gate.e_score_correction_bias` (GLM) A entries, FFN experts first; zero experts have no other tensors. All
+else is the base model's. Source: ZEDA (arXiv 2605.18643) and its repository.
 
 E FFN experts, Z zero experts, A = E + Z slots.
 """
