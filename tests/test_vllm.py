@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models import longcat_flash
 from vllm.platforms import current_platform
 
+from vllm_minors import missing
 from zemoe.integrations import vllm as plugin
 from zemoe.integrations import vllm_layers, vllm_models
 from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoE, longcat_moe
@@ -188,6 +190,22 @@ def test_same_arguments_as_the_layer_that_it_replaces():
     assert {name: parameter.default for name, parameter in stock.parameters.items()} == {
         name: parameter.default for name, parameter in ours.parameters.items()
     }
+
+
+def test_what_the_plugin_leans_on():
+    """In the sources of the version that runs here; `vllm_minors.py` reads those of others."""
+    assert missing(Path(vllm.__file__).parents[1]) == []
+
+
+def test_what_is_missing_is_found(tmp_path):
+    package = tmp_path / "vllm" / "model_executor" / "models"
+    package.mkdir(parents=True)
+    source = Path(longcat_flash.__file__).read_text()
+    assert "top_k: int," in source
+    (package / "longcat_flash.py").write_text(source.replace("top_k: int,", "topk: int,", 1))
+    found = missing(tmp_path)
+    assert any("LongcatMoe takes" in fact for fact in found) and any("envs.py" in fact for fact in found)
+    assert not any("self\\.mlp = LongcatMoe" in fact for fact in found)
 
 
 # --- what is loaded ---
