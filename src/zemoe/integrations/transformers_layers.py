@@ -182,18 +182,23 @@ class ZeroExpertLongcatMoE(StockMoE):
         """hidden_states: [..., H]; the same shape and dtype out."""
         _, topk_weights, topk_ids = self.router(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.experts._is_expert_parallel:
+        if getattr(self._own_experts(), "_is_expert_parallel", False):
             return self._across_ranks(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
         return self.experts(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
+
+    def _own_experts(self) -> Any:
+        """The experts themselves: PEFT may have wrapped them in a module without their attributes."""
+        experts: Any = self.experts
+        return experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
 
     def _across_ranks(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Zero experts at home, FFN experts where transformers' expert parallelism has put them.
 
         It sends every choice to an expert: a zero choice to one of this rank, with weight 0.
         """
-        experts: Any = self.experts
+        experts = self._own_experts()
         zero_TK = ids_TK >= experts.num_routed_experts
         home = experts.gate_up_proj.device_mesh.get_local_rank() * experts.num_experts
-        y_TH = experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
+        y_TH = self.experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
         alpha_T1 = weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
         return (y_TH + alpha_T1 * x_TH).to(x_TH.dtype)
