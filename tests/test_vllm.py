@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +156,14 @@ def test_off(registry, monkeypatch, heard, switch, version):
     monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
     plugin.register()
     assert len(lines(heard)) == 1
+
+
+def test_off_is_seen():
+    """vLLM loads plug-ins before it makes a place for its log."""
+    command = [sys.executable, "-c", "from vllm.plugins import load_general_plugins as load; load(); load()"]
+    done = subprocess.run(command, env=os.environ | {"ZEMOE_VLLM": "0"}, capture_output=True, text=True, timeout=120)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "MoE layers" in line]
+    assert done.returncode == 0 and len(said) == 1 and "ZEMOE_VLLM=0" in said[0]
 
 
 def test_all_layers_or_none(monkeypatch, heard):

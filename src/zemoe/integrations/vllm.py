@@ -47,7 +47,8 @@ def register() -> None:
     reason = why_not(vllm.__version__, os.environ.get(SWITCH))
     if reason is not None:
         if multiprocessing.parent_process() is None:  # vLLM's other processes would all say it again
-            logger.info("zemoe: LongCat models have vLLM's own MoE layers: %s", reason)
+            # A warning: vLLM loads plug-ins before it makes a place for its log, and Python shows warnings without one.
+            logger.warning("zemoe: LongCat models have vLLM's own MoE layers: %s", reason)
         return
     from vllm import ModelRegistry
 
