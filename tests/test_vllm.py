@@ -297,6 +297,18 @@ def test_experts_that_dont_fit_are_refused(monkeypatch):
         routed.weight_loader(routed.w13_weight, torch.zeros(WIDTH, H), "gate.weight", "w4", 0)
 
 
+def test_gate_rows_come_before_up_rows(monkeypatch):
+    """On the second of two ranks: its half of the expert's columns of each."""
+    routed = layers(monkeypatch, ranks=2)[1].experts.routed_experts
+    rows = torch.arange(WIDTH, dtype=torch.float32)[:, None].expand(WIDTH, H)
+    routed.weight_loader(routed.w13_weight, rows, "gate.weight", "w1", 2)
+    routed.weight_loader(routed.w13_weight, rows + 100, "up.weight", "w3", 2)
+    routed.weight_loader(routed.w2_weight, rows.T + 200, "down.weight", "w2", 2)
+    half = list(range(WIDTH // 2, WIDTH))
+    assert routed.w13_weight[2, :, 0].tolist() == half + [row + 100 for row in half]
+    assert routed.w2_weight[2, 0].tolist() == [row + 200 for row in half]
+
+
 def test_dead_rows_are_not_loaded():
     names = [f"model.layers.0.mlp.experts.{expert}.gate_proj.weight" for expert in range(E + Z)]
     others = [
