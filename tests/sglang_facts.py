@@ -86,11 +86,11 @@ def facts_of(path: Path) -> dict[str, object]:
     longcat = trees[LONGCAT][1].body
     moe, router = named(longcat, "LongcatFlashMoE"), named(longcat, "LongcatFlashRouter")
     fused = named(trees[FUSED_MOE][1].body, "FusedMoE")
-    registry = trees[REGISTRY][1].body
+    hooks = trees[REGISTRY][1].body
     fields = [node for node in named(trees[TOPK][1].body, "StandardTopKOutput").body if isinstance(node, ast.AnnAssign)]
     submits = calls(named(longcat, "LongcatFlashForCausalLM"), "maybe_executor_submit")
     keywords = [{keyword.arg: keyword.value for keyword in call.keywords} for call in submits]
-    kinds = [node for node in named(registry, "HookType").body if isinstance(node, ast.Assign)]
+    kinds = [node for node in named(hooks, "HookType").body if isinstance(node, ast.Assign)]
     return {
         "names": {module: sorted(top_level(trees[module][1]) & set(names)) for module, names in NAMES.items()},
         "layer": signature(named(moe.body, "__init__")),
@@ -110,7 +110,7 @@ def facts_of(path: Path) -> dict[str, object]:
             if "func_kwargs" in words
         ],
         "topk output": [ast.unparse(field.target) for field in fields],
-        "register hook": signature(named(named(registry, "HookRegistry").body, "register")),
+        "register hook": signature(named(named(hooks, "HookRegistry").body, "register")),
         "hook types": [ast.unparse(kind.targets[0]) for kind in kinds],
     }
 
