@@ -11,8 +11,7 @@ Three layouts of the expert weights exist; everything else has the same names in
 | packed | `experts.gate_up_proj` [E or A, 2I, H] | `experts.down_proj` [E, H, I] |
 
 The first is how the models are published, the second what `save_pretrained` of plain transformers writes, the third a
-state dict (and `save_pretrained(..., save_original_format=False)`). Needs torch and safetensors only; pickled weights
-are never opened.
+state dict (and `save_pretrained(..., save_original_format=False)`). Files are read and written by `weight_files.py`.
 """
 
 from __future__ import annotations
@@ -23,20 +22,23 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WEIGHT_DTYPES = ("F32", "BF16", "F16")
+from .weight_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    WEIGHT_DTYPES,
+    CheckpointError,
+    TensorInfo,
+    load_json,
+    read_tensors,
+    save_tensors,
+)
 
-_DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-_DTYPE_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_topk", "n_routed_experts", "expert_ffn_hidden_size",
@@ -46,20 +48,6 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _NOT_OURS = re.compile(r"^model\.mtp\.|rotary_emb\.inv_freq$")
 _EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<which>gate|up|down)_proj\.weight$")
 _PACKED = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<which>gate_up|down)_proj$")
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that must not be loaded; the message names the file and, where there is one, the tensor."""
-
-
-class TensorInfo(NamedTuple):
-    """Where a tensor is: file name, dtype as safetensors spells it, shape, size in bytes."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -84,19 +72,6 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.tensors.values())
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or CheckpointError."""
-    try:
-        loaded = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint folder holds {path.name}") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(loaded).__name__}")
-    return loaded
 
 
 def check_config(config: Mapping[str, Any], source: str = "config.json") -> None:
@@ -215,107 +190,6 @@ def expected_shapes(config: Mapping[str, Any], layout: str = "original") -> dict
     return shapes
 
 
-def _tensor_info(file: str, entry: object, data_bytes: int) -> TensorInfo | str:
-    """The checked header entry of one tensor, or what is wrong with it."""
-    if not isinstance(entry, dict):
-        return f"is described by {type(entry).__name__}, not by an object"
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
-        return f"has unknown dtype {dtype!r}"
-    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
-        return f"has shape {shape!r}"
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
-        return f"has data_offsets {offsets!r}"
-    begin, end = offsets
-    size = math.prod(shape) * _DTYPE_BYTES[dtype]
-    if begin < 0 or end - begin != size:
-        return f"of shape {shape} and dtype {dtype} takes {size} bytes, its data_offsets are {offsets}"
-    if end > data_bytes:
-        return f"ends at byte {end} of the data, but the file is truncated: only {data_bytes} bytes of data are there"
-    return TensorInfo(file, dtype, tuple(shape), size)
-
-
-def _read_start(path: Path) -> tuple[int, bytes, int, object]:
-    """Size of a file, its first 8 bytes, the header length they give, and the parsed header (None where it is none)."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            fits = len(start) == 8 and 2 <= length <= min(size - 8, _MAX_HEADER_BYTES)
-            raw = file.read(length) if fits else b""
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    try:
-        return size, start, length, json.loads(raw)
-    except ValueError:  # neither UTF-8 nor JSON
-        return size, start, length, None
-
-
-def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """Every tensor of one safetensors file, from its header alone; no tensor data is read.
-
-    Raises CheckpointError for a file that is missing, truncated or of another format (a pickle is named, never loaded).
-    """
-    path = Path(path)
-    size, start, length, header = _read_start(path)
-    if not isinstance(header, dict):
-        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):  # zip, pickle protocol
-            raise CheckpointError(f"{path}: holds pickled weights under another name; refused, nothing was loaded")
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header length {length})")
-    tensors: dict[str, TensorInfo] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        info = _tensor_info(path.name, entry, size - 8 - length)
-        if isinstance(info, str):
-            raise CheckpointError(f"{path}: tensor {name} {info}")
-        tensors[name] = info
-    described = sum(info.num_bytes for info in tensors.values())
-    if described != size - 8 - length:
-        raise CheckpointError(f"{path}: {size - 8 - length} bytes of data, but its tensors make {described}")
-    return tensors
-
-
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The names of the weight files, and the index {tensor: file} where there is one."""
-    if (folder / INDEX_NAME).exists():
-        index = load_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise CheckpointError(f"{folder / INDEX_NAME}: weight_map must be an object that names each tensor's file")
-        for tensor, file in index.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME}: tensor {tensor} is in {file!r}; only *.safetensors of this folder are read"
-                )
-        return sorted(set(index.values())), index
-    if (folder / SINGLE_NAME).exists():
-        return [SINGLE_NAME], None
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise CheckpointError(
-            f"{folder / pickled[0]}: pickled weights can run code and are never loaded; convert them to safetensors"
-        )
-    raise CheckpointError(f"{folder / SINGLE_NAME}: no such file, and no {INDEX_NAME} either")
-
-
-def read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder, from its index and its files' headers; CheckpointError where they disagree."""
-    files, index = _weight_files(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, info in read_header(folder / file).items():
-            if name in tensors:
-                raise CheckpointError(f"{folder / file}: tensor {name} is also in {tensors[name].file}")
-            if index is not None and index.get(name) != file:
-                raise CheckpointError(f"{folder / file}: tensor {name} is here, {INDEX_NAME} says {index.get(name)!r}")
-            tensors[name] = info
-    for name, file in (index or {}).items():
-        if name not in tensors:
-            raise CheckpointError(f"{folder / file}: tensor {name} is missing, though {INDEX_NAME} lists it")
-    return tensors
-
-
 def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
     """One of "original", "transformers" and "packed", judged by the names of the expert tensors."""
     layout = "original"
@@ -417,50 +291,6 @@ def transformers_layout(
         if expert and int(expert["id"]) == num_experts - 1 and expert["which"] != "down":
             for e in range(num_experts, num_experts + zero_expert_num):
                 yield f"{expert['experts']}.{e}.{expert['which']}_proj.weight", torch.zeros_like(tensor)
-
-
-def save_tensors(
-    tensors: Iterable[tuple[str, Tensor]], folder: str | Path, max_shard_bytes: int = 5 * 10**9
-) -> list[str]:
-    """Write (name, tensor) pairs as safetensors, with an index where there is more than one file.
-
-    At most one shard is held in memory. The index, or the final name of a single file, is written last, so an
-    interrupted run leaves nothing that loads. Returns the file names; ValueError if the folder already holds weights.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in folder.glob("model*.safetensors*"))
-    if present:
-        raise ValueError(f"folder must not hold weights yet, got {folder} with {present[0]}")
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        # A copy: views of one storage (a packed parameter's rows) can't be told apart by safetensors.
-        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [SINGLE_NAME]
-    for i, name in enumerate(names):
-        (folder / f"part-{i}.safetensors").rename(folder / name)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    return names
 
 
 def save_original_layout(

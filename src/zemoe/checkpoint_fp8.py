@@ -16,18 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import (
-    WEIGHT_DTYPES,
-    CheckpointError,
-    Manifest,
-    TensorInfo,
-    check_config,
-    check_tensors,
-    load_json,
-    read_tensors,
-    save_original_layout,
-    stream,
-)
+from .checkpoint import Manifest, check_config, check_tensors, save_original_layout, stream
+from .weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, read_tensors
 
 SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"

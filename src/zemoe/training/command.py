@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from .. import __version__
-from ..checkpoint import CheckpointError
 from ..generate import CommandError
+from ..weight_files import CheckpointError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
 from .state import TrainingError

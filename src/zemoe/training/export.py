@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 
-from ..checkpoint import original_layout, save_tensors, transformers_layout
+from ..checkpoint import original_layout, transformers_layout
+from ..weight_files import save_tensors
 from .state import sync
 
 
