@@ -23,17 +23,24 @@ MAY_IMPORT = {
     "ops": {"kernels", "ops", "scores"},
     "kernels": {"kernels"},
     "experts": {"config", "routing", "plan", "affine", "ops"},
+    "from_logits": {"experts", "routing"},
     "parallel": {"routing", "plan"},
     "balance": {"config", "routing", "scores"},
     "statistics": {"config", "routing", "balance"},
     "retrofit": {"config", "routing", "layer"},
-    "checkpoint": set(),
+    "checkpoint": {"weight_files"},
+    "weight_files": set(),
     "measure": set(),
     "fused_moe": {"config", "scores", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
     "layer": {"config", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
 }
 # Third-party packages that may be imported at the top of a module; torch is the only dependency of `import zemoe`.
-TOP_LEVEL = {"config": set(), "checkpoint": {"torch", "safetensors"}, "measure": {"torch", "safetensors"}}
+TOP_LEVEL = {
+    "config": set(),
+    "checkpoint": {"torch", "safetensors"},
+    "weight_files": {"torch", "safetensors"},
+    "measure": {"torch", "safetensors"},
+}
 FRAMEWORKS = {"transformers", "vllm", "sglang"}
 
 
