@@ -55,10 +55,10 @@ SIDES = ("zemoe", "torch", "grouped_mm")
 
 
 def _route(
-    x_TH: Tensor, classifier: Tensor, bias: Tensor, E: int, top_k: int, scaling: float
+    x_TH: Tensor, logits_TA: Tensor, bias: Tensor, E: int, top_k: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(what the identity experts yield; then by expert: rows' tokens, weights, number of rows; experts' ids)."""
-    scores = (x_TH.float() @ classifier.t()).softmax(-1)
+    scores = logits_TA.softmax(-1)
     ids = (scores + bias).topk(top_k, sorted=False).indices
     weights = scores.gather(1, ids) * scaling
     y_TH = x_TH * (weights * (ids >= E)).sum(-1, keepdim=True)
@@ -67,9 +67,9 @@ def _route(
     return y_TH, order_N // top_k, weights.view(-1)[order_N], torch.bincount(sorted_N, minlength=E)[:E], ids
 
 
-def in_torch(x_TH, classifier, bias, w13, w2, *, top_k, scaling, identity=True) -> Tensor:
+def in_torch(x_TH, logits_TA, bias, w13, w2, *, top_k, scaling, identity=True) -> Tensor:
     """Sorted by expert, one pair of products an expert that has rows."""
-    y_TH, token_N, weight_N, rows_E, _ = _route(x_TH, classifier, bias, len(w13), top_k, scaling)
+    y_TH, token_N, weight_N, rows_E, _ = _route(x_TH, logits_TA, bias, len(w13), top_k, scaling)
     start = 0
     for e, rows in enumerate(rows_E.tolist()):
         if rows:
@@ -81,9 +81,9 @@ def in_torch(x_TH, classifier, bias, w13, w2, *, top_k, scaling, identity=True) 
     return y_TH
 
 
-def by_grouped_mm(x_TH, classifier, bias, w13, w2, *, top_k, scaling, identity=True) -> Tensor:
+def by_grouped_mm(x_TH, logits_TA, bias, w13, w2, *, top_k, scaling, identity=True) -> Tensor:
     """Sorted by expert, two of torch's grouped products."""
-    y_TH, token_N, weight_N, rows_E, _ = _route(x_TH, classifier, bias, len(w13), top_k, scaling)
+    y_TH, token_N, weight_N, rows_E, _ = _route(x_TH, logits_TA, bias, len(w13), top_k, scaling)
     if len(token_N):
         offsets = rows_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_TH[token_N], w13.transpose(1, 2), offs=offsets).chunk(2, -1)
@@ -105,17 +105,17 @@ def measure(side: str, eager: bool) -> list[list[float]]:
     """Seconds of each repeat of each case, in this process."""
     from vllm import LLM, SamplingParams
 
-    from zemoe.integrations import vllm_layers  # noqa: F401 - defines the operator
+    from zemoe import from_logits  # noqa: F401 - defines the operator
 
     if side != "zemoe":
         # Behind an operator as ours is, so that compiled code calls it as it is.
         other = in_torch if side == "torch" else by_grouped_mm
 
-        def implementation(x, classifier, bias, w13, w2, top_k, scaling, identity):
-            return other(x, classifier, bias, w13, w2, top_k=top_k, scaling=scaling)
+        def implementation(x, logits, bias, w13, w2, top_k, scaling, identity):
+            return other(x, logits, bias, w13, w2, top_k=top_k, scaling=scaling)
 
         library = torch.library.Library("zemoe", "IMPL", "CPU")
-        library.impl("longcat_moe", implementation)
+        library.impl("moe_from_logits", implementation)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
         llm = LLM(

@@ -233,7 +233,7 @@ def test_compiled_code_calls_one_operator_for_any_number_of_tokens(checkpoint, x
             assert close(compiled(x_TH[:tokens].clone()), expected[:tokens])
         torch._dynamo.reset()
     assert len(graphs) == 1
-    assert sum("sglang_moe" in str(node.target) for node in graphs[0].graph.nodes) == 1
+    assert sum("moe_from_logits" in str(node.target) for node in graphs[0].graph.nodes) == 1
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ from vllm.model_executor.models import longcat_flash
 from vllm.platforms import current_platform
 
 from vllm_minors import missing
+from zemoe.from_logits import moe_from_logits
 from zemoe.integrations import vllm as plugin
 from zemoe.integrations import vllm_layers, vllm_models
-from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoE, longcat_moe
+from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoE
+from zemoe.routing import router_logits
 
 T, H, WIDTH, E, Z, K = 9, 200, 24, 6, 5, 4
 SCALING = 2.5
@@ -394,12 +396,8 @@ def test_compiles_once_for_all_numbers_of_tokens(monkeypatch):
 
 def test_operator(monkeypatch):
     (layer,) = layers(monkeypatch)
-    routed = layer.experts.routed_experts
-    weights = (
-        layer.router.classifier.weight,
-        layer.router.e_score_correction_bias,
-        routed.w13_weight,
-        routed.w2_weight,
-    )
-    torch.library.opcheck(torch.ops.zemoe.longcat_moe.default, (tokens(), *weights, K, SCALING, True))
-    assert torch.equal(longcat_moe(tokens(), *weights, top_k=K, scaling=SCALING), layer(tokens()))
+    routed, bias = layer.experts.routed_experts, layer.router.e_score_correction_bias
+    logits_TA = router_logits(tokens(), layer.router.classifier.weight)
+    weights = (logits_TA, bias, routed.w13_weight, routed.w2_weight)
+    torch.library.opcheck(torch.ops.zemoe.moe_from_logits.default, (tokens(), *weights, K, SCALING, True))
+    assert torch.equal(moe_from_logits(tokens(), *weights, top_k=K, scaling=SCALING), layer(tokens()))

@@ -22,8 +22,8 @@ from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.models import longcat_flash
 from torch import Tensor, nn
 
+from ..from_logits import moe_from_logits
 from ..routing import select_experts
-from .sglang_ops import sglang_moe
 
 logger = logging.getLogger("sglang.plugins.zemoe")
 
@@ -127,15 +127,15 @@ class ZeroExpertLongcatMoE(longcat_flash.LongcatFlashMoE):
             return super().forward(hidden_states)
         logits_TA, bias_A = self.router(hidden_states), self.router.e_score_correction_bias
         if isinstance(self.experts, ZeroExpertLongcatExperts):
-            output_TH = sglang_moe(
+            output_TH = moe_from_logits(
                 hidden_states,
                 logits_TA,
                 bias_A,
                 self.experts.w13_weight,
                 self.experts.w2_weight,
-                self.top_k,
-                float(self.routed_scaling_factor),
-                self.adds_zero_experts,
+                top_k=self.top_k,
+                scaling=float(self.routed_scaling_factor),
+                identity=self.adds_zero_experts,
             )
         else:
             output_TH = self._with_their_experts(hidden_states, logits_TA, bias_A)

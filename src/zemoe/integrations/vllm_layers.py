@@ -1,4 +1,4 @@
-"""LongCat-Flash's MoE layer for vLLM, computed by zemoe: router, experts and zero experts in one operator.
+"""LongCat-Flash's MoE layer for vLLM, computed by zemoe.
 
 T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices, R tensor-parallel
 ranks.
@@ -20,72 +20,8 @@ from vllm.distributed import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..experts import fused_experts
-from ..routing import router_logits, select_experts
-
-# One operator, which vLLM's compiled code calls as it is: our backends decide by the number of tokens at each call, and
-# vLLM compiles once for all numbers.
-torch.library.define(
-    "zemoe::longcat_moe",
-    "(Tensor x, Tensor classifier, Tensor bias, Tensor w13, Tensor w2, int top_k, float scaling, bool identity) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.register_fake("zemoe::longcat_moe")
-def _longcat_moe_fake(x, classifier, bias, w13, w2, top_k, scaling, identity) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.impl("zemoe::longcat_moe", "CompositeExplicitAutograd")
-def _longcat_moe(
-    x_TH: Tensor,
-    classifier_AH: Tensor,
-    bias_A: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    top_k: int,
-    scaling: float,
-    identity: bool,
-) -> Tensor:
-    num_experts, num_slots = w13.shape[0], classifier_AH.shape[0]
-    weights_TK, ids_TK = select_experts(
-        router_logits(x_TH, classifier_AH),
-        top_k,
-        num_experts=num_experts,
-        e_score_correction_bias=bias_A,
-        routed_scaling_factor=scaling,
-    )
-    kind = "identity" if identity else "zero"
-    return fused_experts(
-        x_TH,
-        w13,
-        w2,
-        weights_TK,
-        ids_TK,
-        num_experts=num_experts,
-        zero_expert_kinds=((kind, num_slots - num_experts),) if num_slots > num_experts else (),
-    )
-
-
-def longcat_moe(
-    x_TH: Tensor,
-    classifier_AH: Tensor,
-    bias_A: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    *,
-    top_k: int,
-    scaling: float,
-    identity: bool = True,
-) -> Tensor:
-    """A LongCat MoE layer [T, H] in x's dtype, for inference: softmax scores, no renormalising.
-
-    x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype, classifier [A, H] and bias [A] float32; E and A are read off
-    their shapes. identity: the zero experts yield x; otherwise nothing, for all ranks but one.
-    """
-    return torch.ops.zemoe.longcat_moe(x_TH, classifier_AH, bias_A, w13, w2, top_k, scaling, identity)
+from ..from_logits import moe_from_logits
+from ..routing import router_logits
 
 
 class _Router(nn.Module):
@@ -191,9 +127,9 @@ class ZeroExpertLongcatMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; the same shape and dtype out."""
         routed = self.experts.routed_experts
-        y_TH = longcat_moe(
+        y_TH = moe_from_logits(
             hidden_states,
-            self.router.classifier.weight,
+            router_logits(hidden_states, self.router.classifier.weight),
             self.router.e_score_correction_bias,
             routed.w13_weight,
             routed.w2_weight,
