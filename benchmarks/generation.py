@@ -1,15 +1,23 @@
-"""Greedy generation by a transformers model of LongCat-Flash-Lite's shape: stock's MoE layers beside ours.
+"""Greedy generation by a transformers model of LongCat-Flash-Lite's shape: MoE layers of stock's beside ours.
 
     python benchmarks/generation.py --output benchmarks/results/nvidia-h100-80gb/generation.csv
     python benchmarks/generation.py --tiny --layers 1 --batches 2  # without a GPU: tries the script, not the speed
 
-One model with random weights, in as many layers as fit with stock's dead rows. Stock is timed first, then `patch_`
-gives the same model our layers in place, so that both sides have the very same weights. What is timed is
-`model.generate`: "eager" with the cache that it takes by default, "compiled" with a static cache and
+One model with random weights, in as many layers as fit with stock's dead rows, so that all sides have the very same
+weights. The sides, in this order:
+
+- stock;
+- masked: stock with transformers' own `grouped_mm` experts, zero choices masked as it masks other ranks', which is what
+  plain transformers could do (generation_model.py);
+- batched: the same with `batched_mm`, which transformers' `generate` puts in `grouped_mm`'s place where it knows of it;
+- zemoe: after `patch_`.
+
+What is timed is `model.generate`: "eager" with the cache that it takes by default, "compiled" with a static cache and
 `torch.compile(fullgraph=True, mode="reduce-overhead")`, which is one CUDA graph a token. A token's time is the median
 over the steps of three runs, seen by a streamer. "prefill" is one forward of one long prompt.
 
-Before that, each of our layers is checked on what the same layer of stock's got and gave.
+Before a side is timed, each of its layers is checked on what the same layer of stock's got and gave. Each row is
+written at once, so a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
@@ -24,11 +32,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generation_model import LITE, TINY, build, fitting_layers, masked
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import CompileConfig, LongcatFlashConfig, LongcatFlashForCausalLM
+from transformers import CompileConfig, LongcatFlashForCausalLM
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -36,57 +45,11 @@ import zemoe
 from zemoe.bench import commit
 from zemoe.integrations.transformers import patch_
 
-# LongCat-Flash-Lite without its n-gram embedding, which transformers' LongCat-Flash doesn't have. 14 layers are all.
-LITE = {
-    "vocab_size": 131072, "hidden_size": 3072, "num_layers": 14, "num_attention_heads": 32, "ffn_hidden_size": 6144,
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "expert_ffn_hidden_size": 1024, "n_routed_experts": 256, "zero_expert_num": 128, "moe_topk": 12,
-}  # fmt: skip
-TINY = {
-    "vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 96,
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "head_dim": 8, "expert_ffn_hidden_size": 32, "n_routed_experts": 16, "zero_expert_num": 8, "moe_topk": 4,
-}  # fmt: skip
-SPARE_BYTES = 9 * 2**30  # for caches, activations and CUDA graphs, and one layer's live rows while `patch_` copies them
 # Relative RMS error of a layer; stock rounds each expert's output and each sum to bfloat16.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 CHECKED = 8  # sequences that both sides are compared on
+SIDES = {"stock": None, "masked": "grouped_mm", "batched": "batched_mm", "zemoe": None}  # transformers' name for it
 UNPROFILED, PROFILED = 4, 4  # steps before and while the GPU's kernels are recorded
-
-
-def config_of(sizes: dict[str, int]) -> LongcatFlashConfig:
-    return LongcatFlashConfig(**sizes, routed_scaling_factor=6.0, bos_token_id=None, eos_token_id=None)
-
-
-def unmaterialised(sizes: dict[str, int], dtype: torch.dtype) -> LongcatFlashForCausalLM:
-    with torch.device("meta"):
-        return LongcatFlashForCausalLM(config_of(sizes)).to(dtype)
-
-
-def fitting_layers(sizes: dict[str, int], dtype: torch.dtype) -> int:
-    """Stock layers that fit into the GPU's free memory; the model has no more than `sizes` says."""
-    model = unmaterialised(sizes | {"num_layers": 1}, dtype)
-    layer = sum(parameter.nbytes for parameter in model.model.layers.parameters())
-    rest = sum(parameter.nbytes for parameter in model.parameters()) - layer
-    layers = (torch.cuda.mem_get_info()[0] - SPARE_BYTES - rest) // layer
-    if layers < 1:
-        raise SystemExit(f"not even one layer of {layer / 1e9:.1f} GB fits beside {rest / 1e9:.1f} GB")
-    return min(layers, sizes["num_layers"])
-
-
-def build(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> LongcatFlashForCausalLM:
-    """A stock model with random weights; embeddings of size 1, so that the tokens of a prompt stay different."""
-    model = unmaterialised(sizes, dtype).to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffer was never computed
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1)
-            else:
-                parameter.normal_(std=1.0 if "embed_tokens" in name else 0.02)
-        for layer in model.model.layers:
-            layer.mlp.router.e_score_correction_bias.zero_()
-    return model.eval()
 
 
 def synchronize(device: torch.device) -> None:
@@ -234,16 +197,16 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def check(
     model: LongcatFlashForCausalLM, ids: Tensor, pairs: list[tuple[Tensor, Tensor]], logits: Tensor
 ) -> dict[str, object]:
-    """Our layers against stock's, each on the same input; and the logits, where differences have added up."""
+    """A side's layers against stock's, each on the same input; and the logits, where differences have added up."""
     with torch.no_grad():
         errors = [relative_error(layer.mlp(x), y) for layer, (x, y) in zip(model.model.layers, pairs, strict=True)]
-        ours = model(ids, use_cache=False).logits
+        found = model(ids, use_cache=False).logits
     tolerance = TOLERANCES[model.dtype]
     if not max(errors) <= tolerance:
-        raise SystemExit(f"our layers differ from stock's by {max(errors):.2e} of the output, {tolerance} is allowed")
+        raise SystemExit(f"layers differ from stock's by {max(errors):.2e} of the output, {tolerance} is allowed")
     return {
-        "layer_error": f"{max(errors):.1e}", "logits_error": f"{relative_error(ours, logits):.1e}",
-        "same_argmax": f"{(ours.argmax(-1) == logits.argmax(-1)).float().mean().item():.4f}",
+        "layer_error": f"{max(errors):.1e}", "logits_error": f"{relative_error(found, logits):.1e}",
+        "same_argmax": f"{(found.argmax(-1) == logits.argmax(-1)).float().mean().item():.4f}",
     }  # fmt: skip
 
 
@@ -251,7 +214,8 @@ def check(
 
 COLUMNS = (
     "side", "mode", "batch", "tokens_per_second", "ms_per_step", "gpu_busy", "with_prompt_tokens_per_second",
-    "new_tokens", "first_call_s", "zero_share", "experts_hit", "same_tokens", "memory_gb", "note",
+    "new_tokens", "first_call_s", "zero_share", "experts_hit", "same_tokens", "memory_gb", "note", "backend",
+    "layer_error", "logits_error", "same_argmax",
 )  # fmt: skip
 
 
@@ -263,10 +227,12 @@ class Report:
         self.rows: list[dict[str, object]] = []
         self.about: dict[str, object] = {}
 
+    def say(self, line: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False, highlight=False)
+
     def add(self, **row: object) -> None:
         self.rows.append(row)
-        shown = "  ".join(f"{name} {value}" for name, value in row.items())
-        self.console.print(f"{time.strftime('%H:%M:%S')}  {shown}", markup=False, highlight=False)
+        self.say("  ".join(f"{name} {value}" for name, value in row.items()))
         if self.output is None:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -276,76 +242,107 @@ class Report:
             writer.writerows(row | self.about for row in self.rows)
 
     def table(self) -> Table:
-        """Tokens a second: a line for each mode and batch, a column for each side."""
+        """Tokens a second: a line for each mode and batch, a column for each side, and ours over the best other."""
+        sides = [side for side in SIDES if any(row["side"] == side for row in self.rows)]
         table = Table(title="tokens per second")
-        for heading in ("mode", "batch", "stock", "zemoe", "ratio"):
+        for heading in ("mode", "batch", *sides, "ratio"):
             table.add_column(heading, justify="left" if heading == "mode" else "right")
         rates = {(row["mode"], row["batch"], row["side"]): row.get("tokens_per_second") for row in self.rows}
         for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in self.rows):
-            stock, ours = (rates.get((mode, batch, side)) for side in ("stock", "zemoe"))
-            against = stock or rates.get(("eager", batch, "stock"))  # what stock can do
-            ratio = f"{float(str(ours)) / float(str(against)):.2f}" if ours and against else "-"
-            table.add_row(str(mode), str(batch), str(stock or "-"), str(ours or "-"), ratio)
+            # A side that does not compile can still do what it does eager.
+            others = [rates.get((m, batch, side)) for m in (mode, "eager") for side in sides if side != "zemoe"]
+            best = max((float(str(rate)) for rate in others if rate), default=None)
+            ours = rates.get((mode, batch, "zemoe"))
+            ratio = f"{float(str(ours)) / best:.2f}" if ours and best else "-"
+            table.add_row(str(mode), str(batch), *(str(rates.get((mode, batch, s)) or "-") for s in sides), ratio)
         return table
 
 
-def run(args: argparse.Namespace, report: Report) -> None:
-    device = torch.device("cpu" if args.tiny else "cuda")
-    dtype = torch.float32 if args.tiny else torch.bfloat16
-    sizes = TINY if args.tiny else LITE
-    layers = args.layers or (sizes["num_layers"] if args.tiny else fitting_layers(sizes, dtype))
-    model = build(sizes | {"num_layers": layers}, device, dtype)
-    synchronize(device)
-    report.about = about(args, model, device)
-    report.console.print("  ".join(f"{name} {value}" for name, value in report.about.items()), highlight=False)
+class Bench:
+    """The model, its prompts, and how a side is measured: the same for every side."""
 
-    def random_ids(*shape: int) -> Tensor:
-        return torch.randint(model.config.vocab_size, shape, device=device)
+    def __init__(self, args: argparse.Namespace, report: Report) -> None:
+        self.args, self.report = args, report
+        self.device = torch.device("cpu" if args.tiny else "cuda")
+        dtype = torch.float32 if args.tiny else torch.bfloat16
+        sizes = TINY if args.tiny else LITE
+        layers = args.layers or (sizes["num_layers"] if args.tiny else fitting_layers(sizes, dtype))
+        self.model = build(sizes | {"num_layers": layers}, self.device, dtype)
+        synchronize(self.device)
+        report.about = about(args, self.model, self.device)
+        report.say("  ".join(f"{name} {value}" for name, value in report.about.items()))
 
-    prompts = {batch: random_ids(batch, args.prompt) for batch in args.batches}
-    long, checked = random_ids(1, args.prefill), random_ids(CHECKED, args.prompt)
-    length = args.prompt + max(args.tokens, UNPROFILED + PROFILED)
-    greedy: dict[int, Tensor] = {}
+        def random_ids(*shape: int) -> Tensor:
+            return torch.randint(self.model.config.vocab_size, shape, device=self.device)
 
-    def measure(side: str, mode: str, batch: int, new: int, options: dict[str, Any], **more: object) -> None:
-        torch._dynamo.utils.counters.clear()
-        columns, tokens = timed_generation(model, prompts[batch], new, args.repeats, options)
-        if mode == "compiled":
-            columns["note"] = compilation()
-        if batch in greedy:
-            n = min(tokens.shape[1], greedy[batch].shape[1])
-            columns["same_tokens"] = f"{(tokens[:, :n] == greedy[batch][:, :n]).float().mean().item():.3f}"
-        else:
-            greedy[batch] = tokens
-        if device.type == "cuda":
-            columns["memory_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+        self.prompts = {batch: random_ids(batch, args.prompt) for batch in args.batches}
+        self.long, self.checked = random_ids(1, args.prefill), random_ids(CHECKED, args.prompt)
+        self.pairs, self.logits = seen_by_layers(self.model, self.checked)
+        self.greedy: dict[int, Tensor] = {}  # of the first side
+
+    def side(self, side: str, new: int, backend: str | None) -> None:
+        """Check and time all that is asked for, uncompiled first, with the layers that the model has now."""
+        model, args = self.model, self.args
+        columns: dict[str, object] = {"backend": backend} if backend else {}
+        if side != "stock":
+            columns |= check(model, self.checked, self.pairs, self.logits)
+            self.report.say(f"{side}: {columns}")
+        self._row(side, "prefill", 1, columns, lambda: prefill(model, self.long, args.repeats))
+        for batch in args.batches:
+            seen = choices(model, self.prompts[batch]) if side == "zemoe" else {}
+            self._row(side, "eager", batch, columns | seen, lambda batch=batch: self._generation(batch, new, None))
+        options = compiled_options(self.device, args.prompt + max(args.tokens, UNPROFILED + PROFILED))
+        for batch in args.compiled_batches[:1] if side == "stock" else args.compiled_batches:
+            self._row(side, "compiled", batch, columns, lambda batch=batch: self._generation(batch, new, options))
+        torch._dynamo.reset()
+
+    def _row(
+        self, side: str, mode: str, batch: int, columns: dict[str, object], timed: Callable[[], dict[str, object]]
+    ) -> None:
+        self.report.say(f"{side} {mode} {batch} ...")
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-            if batch == min(args.batches):
-                share = 1e3 * busy(model, prompts[batch], options, report.console) / float(str(columns["ms_per_step"]))
-                columns["gpu_busy"] = f"{share:.3f}"
-        report.add(side=side, mode=mode, batch=batch, **columns, **more)
-
-    pairs, logits = seen_by_layers(model, checked)
-    report.add(side="stock", mode="prefill", batch=1, **prefill(model, long, args.repeats))
-    for batch in args.batches:
-        measure("stock", "eager", batch, args.stock_tokens, {})
-    for batch in args.compiled_batches[:1]:
         try:
-            measure("stock", "compiled", batch, args.stock_tokens, compiled_options(device, length))
+            found = timed()
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split("\n\n")[0].split())
-            report.add(side="stock", mode="compiled", batch=batch, note=f"does not compile: {reason}")
-    torch._dynamo.reset()
+            found = {"note": "does not compile: " + " ".join(str(error).split("\n\n")[0].split())}
+        except torch.OutOfMemoryError:
+            found = {"note": "out of memory"}
+        if on_gpu:
+            found["memory_gb"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+            torch.cuda.empty_cache()  # one side's leavings are not in the next one's way
+        self.report.add(side=side, mode=mode, batch=batch, **found, **columns)
 
-    patched = patch_(model)
-    report.console.print(f"patch_: backend {patched.backend}, {patched.bytes_freed / 1e9:.1f} GB freed")
-    report.about |= check(model, checked, pairs, logits) | {"backend": patched.backend}
-    del pairs, logits
-    report.add(side="zemoe", mode="prefill", batch=1, **prefill(model, long, args.repeats))
-    for batch in args.batches:
-        measure("zemoe", "eager", batch, args.tokens, {}, **choices(model, prompts[batch]))
-    for batch in args.compiled_batches:
-        measure("zemoe", "compiled", batch, args.tokens, compiled_options(device, length))
+    def _generation(self, batch: int, new: int, compiled: dict[str, Any] | None) -> dict[str, object]:
+        prompt, options = self.prompts[batch], compiled or {}
+        torch._dynamo.utils.counters.clear()
+        columns, tokens = timed_generation(self.model, prompt, new, self.args.repeats, options)
+        if compiled:
+            columns["note"] = compilation()
+        if batch in self.greedy:
+            n = min(tokens.shape[1], self.greedy[batch].shape[1])
+            columns["same_tokens"] = f"{(tokens[:, :n] == self.greedy[batch][:, :n]).float().mean().item():.3f}"
+        else:
+            self.greedy[batch] = tokens
+        if self.device.type == "cuda" and batch == min(self.args.batches):
+            took = busy(self.model, prompt, options, self.report.console)
+            columns["gpu_busy"] = f"{1e3 * took / float(str(columns['ms_per_step'])):.3f}"
+        return columns
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    bench = Bench(args, report)
+    if "stock" in args.sides:
+        bench.side("stock", args.stock_tokens, None)
+    for side in ("masked", "batched"):
+        if side in args.sides:
+            with masked(bench.model, SIDES[side]):
+                bench.side(side, args.tokens, SIDES[side])
+    if "zemoe" in args.sides:
+        patched = patch_(bench.model)
+        report.say(f"patch_: backend {patched.backend}, {patched.bytes_freed / 1e9:.1f} GB freed")
+        bench.side("zemoe", args.tokens, patched.backend)
 
 
 def about(args: argparse.Namespace, model: LongcatFlashForCausalLM, device: torch.device) -> dict[str, object]:
@@ -365,10 +362,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--tiny", action="store_true", help="a tiny float32 model on the CPU, to try this script")
     add("--layers", type=int, help="default: as many as fit")
+    add("--sides", nargs="+", choices=SIDES, default=["stock", "masked", "zemoe"], help="default: %(default)s")
     add("--batches", type=int, nargs="+", default=[1, 8, 64])
     add("--compiled-batches", type=int, nargs="*", help="default: all batches; none to leave compilation out")
     add("--prompt", type=int, default=64, help="tokens of each prompt")
-    add("--tokens", type=int, default=32, help="new tokens with our layers")
+    add("--tokens", type=int, default=32, help="new tokens of every side but stock")
     add("--stock-tokens", type=int, default=5, help="new tokens with stock's, which takes long for each")
     add("--prefill", type=int, default=4096, help="tokens of the long prompt")
     add("--repeats", type=int, default=3)

@@ -56,7 +56,7 @@ for part in ${*:-tests sanitize layer launches tiles training overlap generation
         timeout 120 python3 -W ignore benchmarks/gpu_overlap.py --commit "$commit" --output "$out"
         ;;
     generation)
-        timeout 240 python3 -W ignore benchmarks/generation.py --commit "$commit" --output "$out/generation.csv"
+        timeout 540 python3 -W ignore benchmarks/generation.py --commit "$commit" --output "$out/generation.csv"
         ;;
     *) echo "unknown part" && exit 2 ;;
     esac
