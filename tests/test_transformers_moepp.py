@@ -1,0 +1,447 @@
+"""MoE++ checkpoints in the published layout, judged by a restatement of MoE++'s model as loops in float64.
+
+T tokens, H hidden size, I expert width, E FFN experts, A = E + 4 slots, V vocabulary, D size of an attention head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import zemoe
+from zemoe.checkpoint import INDEX_NAME, CheckpointError
+from zemoe.integrations.transformers_moepp import load_moepp, save_moepp
+from zemoe.integrations.transformers_moepp_model import MoEPlusPlusForCausalLM
+
+V, H, I, E, LAYERS, HEADS, KV_HEADS, D = 48, 32, 24, 5, 3, 4, 2, 8
+A = E + 4
+CONFIG = {
+    "model_type": "MoE++",
+    "architectures": ["MoeForCausalLM"],
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": I,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "num_experts": [A],
+    "moe_expert_interval": 1,
+    "moe_use_mixtral_gating": False,
+    "moe_2layer_gate": True,
+    "moe_use_logits_norm": False,
+    "moe_gate_norm_std": 1.0,
+    "moe_feature_no_mul_topk": False,
+}
+OPTIONS = ("moe_2layer_gate", "moe_use_mixtral_gating", "moe_use_logits_norm", "moe_feature_no_mul_topk")
+
+
+def published_shapes(two_layers: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,)}
+    shapes["lm_head.weight"] = (V, H)
+    for number in range(LAYERS):
+        layer = f"model.layers.{number}"
+        attention = {"q_proj": (HEADS * D, H), "k_proj": (KV_HEADS * D, H), "v_proj": (KV_HEADS * D, H)}
+        attention["o_proj"] = (H, HEADS * D)
+        shapes |= {f"{layer}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (H,) for norm in ("input", "post_attention")}
+        moe = f"{layer}.mlp.moe"
+        gate = {"wg.0": (8 * A, H), "wg.2": (A, 8 * A)} if two_layers else {"wg": (A, H)}
+        shapes |= {f"{moe}.gate.{name}.weight": shape for name, shape in {**gate, "gate_map": (A, A)}.items()}
+        for e in range(E):
+            shapes[f"{moe}.experts.experts.{e}.up_proj.weight"] = (2 * I, H)
+            shapes[f"{moe}.experts.experts.{e}.down_proj.weight"] = (H, I)
+        for e in (E, E + 1):
+            shapes[f"{moe}.experts.experts.{e}.constant"] = (H,)
+            shapes[f"{moe}.experts.experts.{e}.wg.weight"] = (2, H)
+    return shapes
+
+
+def written(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1, **changes: Any) -> dict[str, Tensor]:
+    """A random checkpoint in `folder`, with `changes` in its config.json, and its tensors."""
+    config = CONFIG | changes
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in published_shapes(config["moe_2layer_gate"]).items():
+        scale = 1.0 if len(shape) == 1 or "embed" in name else shape[-1] ** -0.5
+        tensors[name] = (torch.randn(shape, generator=generator) * scale * (2.0 if ".gate." in name else 1.0)).to(dtype)
+    (folder / "config.json").write_text(json.dumps(config))
+    store(folder, tensors, shards)
+    return tensors
+
+
+def store(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    names = list(tensors)
+    files = {f"model-{part}.safetensors": names[part::shards] for part in range(shards)}
+    if shards == 1:
+        files = {"model.safetensors": names}
+    else:
+        weight_map = {name: file for file, held in files.items() for name in held}
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    for file, held in files.items():
+        save_file({name: tensors[name].contiguous() for name in held}, folder / file, metadata={"format": "pt"})
+
+
+# ---- MoE++'s rule, token by token ------------------------------------------------------------------------------------
+
+
+def restated_token(get: Any, config: dict[str, Any], x_H: Tensor, prev_A: Tensor | None) -> tuple[Tensor, Tensor, list]:
+    """(y, logits for the next layer, ids best first) of one token; `get` gives a tensor of the block."""
+    if config["moe_2layer_gate"]:
+        logits_A = get("gate.wg.2.weight") @ (get("gate.wg.0.weight") @ x_H).tanh()
+    else:
+        logits_A = get("gate.wg.weight") @ x_H
+    if prev_A is not None:
+        logits_A = logits_A + get("gate.gate_map.weight") @ prev_A
+    chosen_by_A = logits_A
+    if config["moe_use_logits_norm"]:
+        mean = logits_A.sum() / A
+        deviation = (((logits_A - mean) ** 2).sum() / (A - 1)) ** 0.5
+        chosen_by_A = logits_A / deviation * config["moe_gate_norm_std"]
+    ids = sorted(range(A), key=lambda slot: -chosen_by_A[slot].item())[:2]
+    exps = [chosen_by_A[slot].exp() for slot in ids]  # their common factor goes when they are normalised
+    if not config["moe_use_mixtral_gating"]:
+        exps = [value * (slot != A - 1) for slot, value in zip(ids, exps, strict=True)]
+    if not config["moe_use_mixtral_gating"] and not config["moe_feature_no_mul_topk"]:
+        x_H = x_H + x_H
+    y_H = torch.zeros_like(x_H)
+    for slot, value in zip(ids, exps, strict=True):
+        if slot < E:
+            gate_up = get(f"experts.experts.{slot}.up_proj.weight") @ x_H
+            gate, up = gate_up[:I], gate_up[I:]
+            out_H = get(f"experts.experts.{slot}.down_proj.weight") @ (gate * torch.sigmoid(gate) * up)
+        elif slot < E + 2:
+            first, second = (get(f"experts.experts.{slot}.wg.weight") @ x_H).exp()
+            mix = first / (first + second)
+            out_H = mix * x_H + (1 - mix) * get(f"experts.experts.{slot}.constant")
+        else:
+            out_H = x_H if slot == E + 2 else 0 * x_H
+        y_H = y_H + value / sum(exps) * out_H
+    return y_H, logits_A, ids
+
+
+def restated_block(
+    tensors: dict[str, Tensor], layer: int, config: dict[str, Any], x_TH: Tensor, prev_TA: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    def get(name: str) -> Tensor:
+        return tensors[f"model.layers.{layer}.mlp.moe.{name}"]
+
+    rows = [restated_token(get, config, x_TH[t], None if prev_TA is None else prev_TA[t]) for t in range(x_TH.shape[0])]
+    return (
+        torch.stack([row[0] for row in rows]),
+        torch.stack([row[1] for row in rows]),
+        torch.tensor([r[2] for r in rows]),
+    )
+
+
+def turned(x_LD: Tensor, config: dict[str, Any]) -> Tensor:
+    """Rotary positions; element i of a head's first half and of its second half are a pair."""
+    length, scaling, base = x_LD.shape[0], config["rope_scaling"] or {"type": None, "factor": 1.0}, config["rope_theta"]
+    kind, factor, longest = scaling["type"], scaling["factor"], config["max_position_embeddings"]
+    if kind == "ntk":
+        base = base * factor
+    if kind == "dynamic" and length > longest:
+        base = base * (factor * length / longest - (factor - 1)) ** (D / (D - 2))
+    positions_L = torch.arange(length).double() / (factor if kind == "linear" else 1)
+    angles = positions_L[:, None] * float(base) ** (-2 * torch.arange(D // 2).double() / D)
+    first, second = x_LD[:, : D // 2], x_LD[:, D // 2 :]
+    return torch.cat(
+        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1
+    )
+
+
+@torch.no_grad()
+def restated_model(tensors: dict[str, Tensor], config: dict[str, Any], ids_L: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits [L, V], ids chosen in each layer [LAYERS, L, 2]) of one row of tokens."""
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+
+    def norm(x_LH: Tensor, name: str) -> Tensor:
+        return x_LH / (x_LH.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * tensors[f"{name}.weight"]
+
+    h_LH, prev_LA, chosen = tensors["model.embed_tokens.weight"][ids_L], None, []
+    for number in range(LAYERS):
+        layer = f"model.layers.{number}"
+        x_LH = norm(h_LH, f"{layer}.input_layernorm")
+        q, k, v = (x_LH @ tensors[f"{layer}.self_attn.{name}_proj.weight"].T for name in ("q", "k", "v"))
+        heads = []
+        for head in range(HEADS):
+            mine, shared = slice(head * D, (head + 1) * D), head // (HEADS // KV_HEADS)
+            theirs = slice(shared * D, (shared + 1) * D)
+            scores = turned(q[:, mine], config) @ turned(k[:, theirs], config).T / D**0.5
+            later = torch.ones_like(scores).triu(1).bool()
+            heads.append(scores.masked_fill(later, float("-inf")).softmax(-1) @ v[:, theirs])
+        h_LH = h_LH + torch.cat(heads, -1) @ tensors[f"{layer}.self_attn.o_proj.weight"].T
+        x_LH = norm(h_LH, f"{layer}.post_attention_layernorm")
+        y_LH, prev_LA, ids = restated_block(tensors, number, config, x_LH, prev_LA)
+        h_LH = h_LH + y_LH
+        chosen.append(ids)
+    head = tensors["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
+    return norm(h_LH, "model.norm") @ head.T, torch.stack(chosen)
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def by_published_name(block: Any, layer: int) -> dict[str, Tensor]:
+    """Gradients of a block's parameters."""
+    moe = f"model.layers.{layer}.mlp.moe"
+    grads = {f"{moe}.gate.{name}": parameter.grad for name, parameter in block.gate.named_parameters()}
+    for e in range(E):
+        grads[f"{moe}.experts.experts.{e}.up_proj.weight"] = block.experts.gate_up_proj.grad[e]
+        grads[f"{moe}.experts.experts.{e}.down_proj.weight"] = block.experts.down_proj.grad[e]
+    for j in range(2):
+        grads[f"{moe}.experts.experts.{E + j}.constant"] = block.experts.constant.grad[j]
+        grads[f"{moe}.experts.experts.{E + j}.wg.weight"] = block.experts.constant_wg.grad[j]
+    return grads
+
+
+@pytest.mark.parametrize(
+    "flags", list(itertools.product([True, False], repeat=4)), ids=lambda flags: str([*map(int, flags)])
+)
+def test_blocks_and_gradients_are_moe_plus_plus(tmp_path, flags):
+    changes: dict[str, Any] = dict(zip(OPTIONS, flags, strict=True)) | {"moe_gate_norm_std": 1.5}
+    config, tensors = CONFIG | changes, written(tmp_path, **changes)
+    block = load_moepp(tmp_path).model.layers[1].mlp
+    generator = torch.Generator().manual_seed(1)
+    x_TH, prev_TA = torch.randn(40, H, generator=generator), torch.randn(40, A, generator=generator)
+    wanted_TH, wanted_TA = torch.randn(40, H, generator=generator), torch.randn(40, A, generator=generator)
+    for prev in (None, prev_TA):
+        theirs = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+        inputs = [x_TH.clone().requires_grad_()] + ([] if prev is None else [prev.clone().requires_grad_()])
+        exact = [value.detach().double().requires_grad_() for value in inputs]
+        y, logits, ids = restated_block(theirs, 1, config, exact[0], exact[1] if len(exact) > 1 else None)
+        assert ids.unique().tolist() == list(range(A))  # every expert has a say here
+        block.zero_grad()
+        with zemoe.observe(block) as seen:
+            found_y, found_logits = block(inputs[0][None], *inputs[1:])
+        assert torch.equal(seen["", 0].topk_ids_TK, ids)
+        assert found_y.shape == (1, 40, H) and (found_y[0] - y).abs().max() < 1e-4 * y.abs().max()
+        assert (found_logits - logits).abs().max() < 1e-5 * logits.abs().max()
+        assert torch.equal(inputs[0], x_TH)
+        ((y * wanted_TH).sum() + (logits * wanted_TA).sum()).backward()
+        ((found_y[0] * wanted_TH).sum() + (found_logits * wanted_TA).sum()).backward()
+        pairs = [(mine.grad, other.grad) for mine, other in zip(inputs, exact, strict=True)]
+        pairs += [(grad, theirs[name].grad) for name, grad in by_published_name(block, 1).items()]
+        for mine, other in pairs:
+            if other is None:  # without a layer before
+                assert mine is None and prev is None
+            else:
+                assert mine is not None and (mine - other).abs().max() <= 2e-4 * other.abs().max()
+
+
+def test_the_router_is_float32_in_a_bfloat16_model(tmp_path):
+    tensors = written(tmp_path, torch_dtype="bfloat16")
+    model = load_moepp(tmp_path)
+    gate = model.model.layers[1].mlp.gate
+    for name in ("wg.0", "wg.2", "gate_map"):
+        assert torch.equal(gate.get_submodule(name).weight, tensors[f"model.layers.1.mlp.moe.gate.{name}.weight"])
+    assert model.dtype == model.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+    x_TH, prev_TA = torch.randn(40, H).bfloat16(), torch.randn(40, A)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    y, logits, _ = restated_block(exact, 1, CONFIG, x_TH.double(), prev_TA.double())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found_y, found_logits = model.model.layers[1].mlp(x_TH, prev_TA)
+    assert found_logits.dtype == torch.float32 and (found_logits - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert found_y.dtype == torch.bfloat16 and (found_y - y).abs().max() < 0.02 * y.abs().max()
+    half = load_moepp(tmp_path, dtype=torch.float32).half()
+    assert {part.weight.dtype for part in (half.lm_head, half.model.norm)} == {torch.float16}
+    assert half.model.layers[0].mlp.gate.gate_map.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert half(tokens(1, 9)).logits.isfinite().all()
+
+
+def test_equal_logits_have_no_deviation_to_divide_by(tmp_path):
+    written(tmp_path, moe_use_logits_norm=True)
+    block = load_moepp(tmp_path).model.layers[0].mlp
+    x_TH = torch.zeros(2, H, requires_grad=True)
+    y_TH, _ = block(x_TH)
+    y_TH.sum().backward()
+    assert y_TH.isfinite().all() and x_TH.grad is not None and x_TH.grad.isfinite().all()
+
+
+def test_a_block_compiles_to_one_graph(tmp_path):
+    written(tmp_path, moe_use_logits_norm=True)
+    block = load_moepp(tmp_path).model.layers[1].mlp
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    x_TH, prev_TA = torch.randn(6, H), torch.randn(6, A)
+    for mine, other in zip(compiled(x_TH, prev_TA), block(x_TH, prev_TA), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe_2layer_gate": False, "moe_use_mixtral_gating": True, "tie_word_embeddings": True},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "moe_use_logits_norm": True},
+        {"rope_scaling": {"type": "ntk", "factor": 8.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "moe_feature_no_mul_topk": True},
+    ],
+    ids=["plain", "one layer, Mixtral, tied", "linear", "ntk", "dynamic"],
+)
+def test_models_are_moe_plus_plus(tmp_path, changes):
+    tensors = written(tmp_path, shards=2, **changes)
+    model, ids = load_moepp(tmp_path), tokens(2, 21)  # longer than max_position_embeddings
+    with torch.no_grad(), zemoe.observe(model) as seen:
+        found = model(ids).logits
+    exact = [restated_model(tensors, CONFIG | changes, row) for row in ids]
+    assert seen.layers() == [f"model.layers.{number}.mlp" for number in range(LAYERS)]
+    for number, name in enumerate(seen.layers()):
+        assert torch.equal(seen[name, 0].topk_ids_TK, torch.cat([chosen[number] for _, chosen in exact]))
+    logits = torch.stack([row for row, _ in exact])
+    assert (found - logits).abs().max() < 2e-4 * logits.abs().max()
+    assert not model.training
+
+
+def test_generation_is_the_same_with_and_without_a_cache(tmp_path):
+    tensors = written(tmp_path)
+    model, ids = load_moepp(tmp_path), tokens(3, 6)
+    text = list(ids[0])
+    for _ in range(6):
+        text.append(restated_model(tensors, CONFIG, torch.stack(text))[0][-1].argmax())
+    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert plain[0].tolist() == [int(token) for token in text]
+    for cache in ("dynamic", "static"):
+        found = model.generate(
+            ids, attention_mask=mask, use_cache=True, cache_implementation=cache, disable_compile=True, **options
+        )
+        assert torch.equal(found, plain)
+    padded = torch.cat([torch.zeros(3, 2, dtype=torch.int64), ids], 1)
+    mask = (padded > 0).long()
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 2:], plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_change_no_gradient(tmp_path, reentrant):
+    written(tmp_path)
+    model, ids = load_moepp(tmp_path).train(), tokens(2, 8)
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append({name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    assert grads[0].keys() == grads[1].keys()
+    unused = {name for name, _ in model.named_parameters()} - grads[0].keys()
+    assert unused == {"model.layers.0.mlp.gate.gate_map.weight"}
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_in_either_layout_it_is_the_same_model(tmp_path):
+    scaling = {"type": "linear", "factor": 2.0}
+    tensors = written(tmp_path, torch.bfloat16, torch_dtype="bfloat16", rope_scaling=scaling)
+    model, ids = load_moepp(tmp_path), tokens(2, 9)
+    assert save_moepp(model, tmp_path / "published") == ["model.safetensors"]
+    again = load_moepp(tmp_path / "published")
+    model.save_pretrained(tmp_path / "packed")
+    packed = MoEPlusPlusForCausalLM.from_pretrained(tmp_path / "packed")
+    for other in (again, packed):
+        assert other.dtype == torch.bfloat16 and type(other) is MoEPlusPlusForCausalLM
+        for (name, mine), (same, theirs) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+            assert name == same and mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        with torch.no_grad():
+            assert torch.equal(other(ids).logits, model(ids).logits)
+    config = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert {key: config[key] for key in CONFIG} == CONFIG | {"rope_scaling": scaling}
+    assert torch.equal(again.state_dict()["lm_head.weight"], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "model_type must be 'MoE\\+\\+', got 'llama'"),
+        ({"moe_expert_interval": 2}, "moe_expert_interval must be 1 or absent .*, got 2"),
+        ({"num_experts": 9}, "num_experts must be a list .*, got 9"),
+        ({"num_experts": [4]}, "num_experts must be a list of integers, the first at least 5 .*, got \\[4\\]"),
+        ({"num_experts": []}, "num_experts must be a list .*, got \\[\\]"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer >= 1, got '32'"),
+        (
+            {"num_attention_heads": 32},
+            "num_attention_heads must be such that hidden_size = 32 gives heads of even size",
+        ),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_attention_heads = 4.*, got 3"),
+        ({"moe_use_logits_norm": 1}, "moe_use_logits_norm must be true, false or absent, got 1"),
+        ({"moe_gate_norm_std": 0}, "moe_gate_norm_std must be a finite number above 0, got 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling must be null or .*, got .*yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_scaling must be null or .*, got .*1.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling must be null or"),
+        ({"rope_parameters": {"rope_theta": 10.0}}, "rope_parameters must be absent"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config must be absent"),
+        ({"torch_dtype": "int8"}, "torch_dtype must be one of float32, .*, got 'int8'"),
+        ({"bos_token_id": "one"}, "bos_token_id"),
+        ({"num_experts": [10]}, r"wg.0.weight must be float \[80, 32\], got F32 \[72, 32\]"),
+        ({"intermediate_size": 12}, r"experts.0.up_proj.weight must be float \[24, 32\], got F32 \[48, 32\]"),
+        ({"num_hidden_layers": 2}, r"tensor model.layers.2.* is not part of this config.json"),
+        ({"num_hidden_layers": 4}, r"tensor model.layers.3.self_attn.q_proj.weight \[32, 32\] is missing"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, words):
+    written(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    with pytest.raises(CheckpointError, match=words) as refused:
+        load_moepp(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path))
+
+
+EXPERTS = "model.layers.1.mlp.moe.experts.experts"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        (f"{EXPERTS}.4.up_proj.weight", None, rf"tensor {EXPERTS}.4.up_proj.weight \[48, 32\] is missing"),
+        ("model.layers.0.mlp.moe.gate.gate_map.weight", None, r"gate_map.weight \[9, 9\] is missing"),
+        (f"{EXPERTS}.6.constant", torch.zeros(2, H), r"6.constant must be float \[32\], got F32 \[2, 32\]"),
+        (f"{EXPERTS}.5.wg.weight", torch.zeros(2, H, dtype=torch.int64), r"must be float \[2, 32\], got I64 \[2, 32\]"),
+        (f"{EXPERTS}.7.constant", torch.zeros(H), rf"tensor {EXPERTS}.7.constant F32 \[32\] is not part of this"),
+        ("model.layers.1.mlp.moe.gate.wg.weight", torch.zeros(A, H), "gate.wg.weight .* is not part of this"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path, name, tensor, words):
+    tensors = written(tmp_path)
+    if tensor is None:
+        tensors.pop(name)
+    else:
+        tensors[name] = tensor
+    store(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        load_moepp(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path))
+
+
+def test_a_folder_without_config_or_with_pickles_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        load_moepp(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match="pickled weights can run code"):
+        load_moepp(tmp_path)
