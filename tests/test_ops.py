@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from judge import BY_NAME, Case
-from zemoe import ops
+from zemoe import from_logits, ops
 from zemoe.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -158,7 +158,8 @@ class TestOpcheck:
         # tests/test_triton_backward_ops.py, tests/test_triton_route_grad.py
         trained = {"moe_ffn_tiles_train", "moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"}
         trained |= {"router_logits_backward", "select_experts_backward"}
-        assert names == tested | on_gpu | trained
+        for_engines = {from_logits.moe_from_logits.__name__}  # tests/test_from_logits.py
+        assert names == tested | on_gpu | trained | for_engines
 
 
 class TestGradcheck:

@@ -322,7 +322,7 @@ def run_two_ranks(folder: Path, result: Path, plan: str) -> dict:
         for rank in ("0", "1")
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
