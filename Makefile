@@ -7,17 +7,22 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 # The oldest transformers that we support, beside the newest in the environment itself.
 OLDEST := $(VENV)/transformers-5.17.0
 VLLM   := .venv-vllm
+# Two processes; threads that wait don't keep a core busy.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run test test-oldest test-vllm test-gpu sglang bench check clean
+.PHONY: run environments test test-oldest test-vllm test-gpu sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
 
+# Everything that `test` needs, side by side with `make --jobs 2 environments`.
+environments: $(READY) $(OLDEST) $(VLLM)/.ready
+
 test: $(READY) test-oldest test-vllm
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/test_transformers*.py tests/test_checkpoint.py tests/test_retrofit.py
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_transformers*.py tests/test_checkpoint.py tests/test_retrofit.py
 
 # vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
 test-vllm: $(VLLM)/.ready
