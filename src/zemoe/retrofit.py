@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .layer import weighted_experts
+from .experts import fused_experts
 from .routing import Routing, Selector, router_logits
 
 
@@ -36,11 +36,53 @@ def new_router_rows(weight_EH: Tensor, count: int, generator: torch.Generator | 
     return rows.to(dtype=weight_EH.dtype, device=weight_EH.device)
 
 
+class ZeroExpertGate(nn.Module):
+    """A trained router that also takes the zero experts' rows; mixed in before the router's own class.
+
+    The block calls it and doesn't read its weight: what wraps a module (offloading, LoRA) takes part in calls alone.
+    """
+
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor, zero_weight_ZH: Tensor | None = None) -> Any:
+        """Logits of x [T, H] over all A slots in float32, and the selection bias [E] if there is one.
+
+        Without the zero experts' rows what the router's own class gives.
+        """
+        if zero_weight_ZH is None:
+            return super().forward(hidden_states)
+        weight_EH = self.weight
+        logits_TA = router_logits(hidden_states, torch.cat([weight_EH, zero_weight_ZH.to(weight_EH.dtype)]))
+        return logits_TA, self._buffers.get("e_score_correction_bias")
+
+
+class ZeroExpertExperts(nn.Module):
+    """A trained block's experts, computed by `fused_experts` where the block gives its rules; mixed in likewise."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, rules: MoEConfig | None = None) -> Tensor:
+        """[T, H], the weighted sums over all A slots; without rules what the experts' own class gives."""
+        if rules is None:
+            return super().forward(x_TH, ids_TK, weights_TK)
+        return fused_experts(
+            x_TH,
+            self.gate_up_proj,
+            self.down_proj,
+            weights_TK,
+            ids_TK,
+            num_experts=rules.num_experts,
+            zero_expert_kinds=rules.zero_expert_kinds,
+            activation=rules.activation,
+        )
+
+
 class ZeroExpertBlock(nn.Module):
     """A trained block with zero experts behind its FFN experts; mixed in before the block's own class.
 
-    The block has `gate.weight` [E, H], `experts.gate_up_proj` [E, 2I, H] (gate rows first), `experts.down_proj`
-    [E, H, I] and maybe `shared_experts`. `adopt` adds
+    The block has `gate` with `weight` [E, H], `experts` with `gate_up_proj` [E, 2I, H] (gate rows first) and
+    `down_proj` [E, H, I], both with the classes above mixed in, and maybe `shared_experts`. `adopt` adds
 
     - `zero_weight`: Parameter [Z, H], the router's rows for the zero experts;
     - `e_score_correction_bias`: float32 buffer [E], 0, which only selects, for a bias controller; a block whose gate
@@ -88,25 +130,31 @@ class ZeroExpertBlock(nn.Module):
     def route(self, x_TH: Tensor) -> Routing:
         """The Routing of x [T, H] over all A slots, in float32 whatever the dtype of the model."""
         rules = self.rules
-        weight_EH = self.gate.get_parameter("weight")
+        logits_TA, gate_bias_E = self.gate(x_TH, self.zero_weight)
         return self.selector(
-            router_logits(x_TH, torch.cat([weight_EH, self.zero_weight.to(weight_EH.dtype)])),
+            logits_TA,
             rules.top_k,
             num_experts=rules.num_experts,
             zero_expert_kinds=rules.zero_expert_kinds,
             scoring_func=rules.scoring_func,
             renormalize=rules.renormalize,
-            e_score_correction_bias=self.e_score_correction_bias,
+            e_score_correction_bias=self.e_score_correction_bias if gate_bias_E is None else self._bias(gate_bias_E),
             routed_scaling_factor=rules.routed_scaling_factor,
         )
+
+    def _bias(self, gate_bias_E: Tensor) -> Tensor:
+        """The gate's selection bias [E], or [A] where zero experts have one too."""
+        zero_bias_Z = self._buffers.get("zero_bias")
+        return gate_bias_E if zero_bias_Z is None else torch.cat([gate_bias_E, zero_bias_Z])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [..., H]; the same shape and dtype out."""
         if not self.zero_experts_enabled:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        gate_up, down = (self.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
-        y = weighted_experts(x_TH, self.route(x_TH), gate_up, down, self.rules).view(hidden_states.shape)
+        routing = self.route(x_TH)
+        y_TH = self.experts(x_TH, routing.topk_ids_TK, routing.topk_weights_TK, self.rules)
+        y = y_TH.view(hidden_states.shape)
         shared_experts = self._modules.get("shared_experts")
         return y if shared_experts is None else y + shared_experts(hidden_states)
 

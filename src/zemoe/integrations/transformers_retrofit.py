@@ -7,7 +7,7 @@ E FFN experts, Z zero experts, A = E + Z slots, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,30 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
 from ..config import MoEConfig, check_count, expand_kinds
-from ..retrofit import ZeroExpertBlock, new_router_rows
+from ..retrofit import ZeroExpertBlock, ZeroExpertExperts, ZeroExpertGate, new_router_rows
 from .transformers_experts import ACTIVATIONS
 
 _KINDS = ("identity", "zero")
 
 
+class ZeroExpertQwen3MoeRouter(ZeroExpertGate, qwen3.Qwen3MoeTopKRouter):
+    """Qwen3-MoE's router, for all slots."""
+
+
+class ZeroExpertQwen3MoeExperts(ZeroExpertExperts, qwen3.Qwen3MoeExperts):
+    """Qwen3-MoE's experts, for all slots."""
+
+
 class ZeroExpertQwen3MoeBlock(ZeroExpertBlock, qwen3.Qwen3MoeSparseMoeBlock):
     """Qwen3-MoE's block with zero experts."""
+
+
+class ZeroExpertMixtralRouter(ZeroExpertGate, mixtral.MixtralTopKRouter):
+    """Mixtral's router, for all slots."""
+
+
+class ZeroExpertMixtralExperts(ZeroExpertExperts, mixtral.MixtralExperts):
+    """Mixtral's experts, for all slots."""
 
 
 class ZeroExpertMixtralBlock(ZeroExpertBlock, mixtral.MixtralSparseMoeBlock):
@@ -40,16 +56,34 @@ class _GateHasBias(ZeroExpertBlock):
     @property
     def e_score_correction_bias(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The gate's own buffer [E], or [A] where zero experts have a bias."""
-        bias_E, zero_bias_Z = self.gate.get_buffer("e_score_correction_bias"), self._buffers.get("zero_bias")
-        return bias_E if zero_bias_Z is None else torch.cat([bias_E, zero_bias_Z])
+        gate = next(
+            part for part in self.gate.modules() if isinstance(part, ZeroExpertGate)
+        )  # PEFT may have wrapped it
+        return self._bias(gate.get_buffer("e_score_correction_bias"))
+
+
+class ZeroExpertDeepseekV3Router(ZeroExpertGate, deepseek.DeepseekV3TopkRouter):
+    """DeepSeek-V3's router, for all slots."""
+
+
+class ZeroExpertDeepseekV3Experts(ZeroExpertExperts, deepseek.DeepseekV3Experts):
+    """DeepSeek-V3's experts, for all slots."""
 
 
 class ZeroExpertDeepseekV3Block(_GateHasBias, deepseek.DeepseekV3MoE):
     """DeepSeek-V3's block with zero experts."""
 
 
+class ZeroExpertGlm4MoeLiteRouter(ZeroExpertGate, glm4.Glm4MoeLiteTopkRouter):
+    """GLM-4.7-Flash's router, for all slots; it is DeepSeek-V3's."""
+
+
+class ZeroExpertGlm4MoeLiteExperts(ZeroExpertExperts, glm4.Glm4MoeLiteExperts):
+    """GLM-4.7-Flash's experts, for all slots."""
+
+
 class ZeroExpertGlm4MoeLiteBlock(_GateHasBias, glm4.Glm4MoeLiteMoE):
-    """GLM-4.7-Flash's block with zero experts; its router is DeepSeek-V3's."""
+    """GLM-4.7-Flash's block with zero experts."""
 
 
 def _qwen3_rules(block: Any) -> dict[str, Any]:
@@ -80,45 +114,51 @@ def _deepseek_rules(block: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Family:
-    """Stock's classes, the block's class with zero experts, and the rules of its router as fields of MoEConfig."""
+    """Stock's block, gate and experts, in this order, and our classes for them; the router's rules for MoEConfig."""
 
-    block: type[nn.Module]
-    gate: type[nn.Module]
-    experts: type[nn.Module]
-    ours: type[ZeroExpertBlock]
+    ours: Mapping[type[nn.Module], type[nn.Module]]
     rules: Callable[[Any], dict[str, Any]]
+
+    @property
+    def block(self) -> type[nn.Module]:
+        return next(iter(self.ours))
 
 
 _FAMILIES = (
     _Family(
-        qwen3.Qwen3MoeSparseMoeBlock,
-        qwen3.Qwen3MoeTopKRouter,
-        qwen3.Qwen3MoeExperts,
-        ZeroExpertQwen3MoeBlock,
-        _qwen3_rules,
+        ours={
+            qwen3.Qwen3MoeSparseMoeBlock: ZeroExpertQwen3MoeBlock,
+            qwen3.Qwen3MoeTopKRouter: ZeroExpertQwen3MoeRouter,
+            qwen3.Qwen3MoeExperts: ZeroExpertQwen3MoeExperts,
+        },
+        rules=_qwen3_rules,
     ),
     _Family(
-        mixtral.MixtralSparseMoeBlock,
-        mixtral.MixtralTopKRouter,
-        mixtral.MixtralExperts,
-        ZeroExpertMixtralBlock,
-        _mixtral_rules,
+        ours={
+            mixtral.MixtralSparseMoeBlock: ZeroExpertMixtralBlock,
+            mixtral.MixtralTopKRouter: ZeroExpertMixtralRouter,
+            mixtral.MixtralExperts: ZeroExpertMixtralExperts,
+        },
+        rules=_mixtral_rules,
     ),
     _Family(
-        deepseek.DeepseekV3MoE,
-        deepseek.DeepseekV3TopkRouter,
-        deepseek.DeepseekV3Experts,
-        ZeroExpertDeepseekV3Block,
-        _deepseek_rules,
+        ours={
+            deepseek.DeepseekV3MoE: ZeroExpertDeepseekV3Block,
+            deepseek.DeepseekV3TopkRouter: ZeroExpertDeepseekV3Router,
+            deepseek.DeepseekV3Experts: ZeroExpertDeepseekV3Experts,
+        },
+        rules=_deepseek_rules,
     ),
     _Family(
-        glm4.Glm4MoeLiteMoE,
-        glm4.Glm4MoeLiteTopkRouter,
-        glm4.Glm4MoeLiteExperts,
-        ZeroExpertGlm4MoeLiteBlock,
-        _deepseek_rules,
+        ours={
+            glm4.Glm4MoeLiteMoE: ZeroExpertGlm4MoeLiteBlock,
+            glm4.Glm4MoeLiteTopkRouter: ZeroExpertGlm4MoeLiteRouter,
+            glm4.Glm4MoeLiteExperts: ZeroExpertGlm4MoeLiteExperts,
+        },
+        rules=_deepseek_rules,
     ),
 )
+_STOCK = {ours: stock for family in _FAMILIES for stock, ours in family.ours.items()}
 
 
 def retrofit_(
@@ -185,12 +225,13 @@ def retrofit_(
     changed = []
     try:
         for block, family, rules, rows in prepared:
-            changed.append((block, family))
-            block.__class__ = family.ours
+            changed.append(block)
+            for part in (block, block.gate, block.experts):
+                part.__class__ = family.ours[type(part)]
             block.adopt(rules, rows)
     except BaseException:
-        for block, family in changed:
-            _to_stock(block, family)
+        for block in changed:
+            _to_stock(block)
         raise
     return tuple(blocks)
 
@@ -199,20 +240,21 @@ def unretrofit_(model: nn.Module) -> tuple[str, ...]:
     """Take the zero experts of `retrofit_` out again, in place; returns the names of the blocks that had them."""
     blocks: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, ZeroExpertBlock)}
     for block in blocks.values():
-        _to_stock(block, next(family for family in _FAMILIES if type(block) is family.ours))
+        _to_stock(block)
     return tuple(blocks)
 
 
-def _to_stock(block: Any, family: _Family) -> None:
+def _to_stock(block: Any) -> None:
     ZeroExpertBlock.release(block)  # the block may not have our class yet
-    block.__class__ = family.block
+    for part in block.modules():  # also where something is wrapped around them
+        part.__class__ = _STOCK.get(type(part), type(part))
 
 
 def _rules(block: Any, family: _Family, kinds: tuple[tuple[str, int], ...], top_k: int | None) -> MoEConfig:
     """The MoEConfig of a stock block with zero experts of `kinds`; ValueError, with the reason, where there is none."""
     if isinstance(block, ZeroExpertBlock):
         raise ValueError("the block has zero experts already; unretrofit_ the model first")
-    for part, expected in ((block, family.block), (block.gate, family.gate), (block.experts, family.experts)):
+    for part, expected in zip((block, block.gate, block.experts), family.ours, strict=True):
         if type(part) is not expected:
             raise ValueError(f"the block must be made of {expected.__name__}, got {type(part).__name__} (quantized?)")
         if "forward" in vars(part):
