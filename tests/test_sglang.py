@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,6 +204,18 @@ def test_two_ranks_hold_the_zero_experts_once(checkpoint, x_TH, expected, versio
         assert all(torch.equal(sent, output) for sent in ranks.sent)
         parts.append(output)
     assert close(parts[0] + parts[1], expected)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_sglang_for_cpus_widens_the_experts(checkpoint, x_TH, expected, size):
+    """To R times 32, in the configuration too. Three ranks have widths 3, 3 and 2; the last of five has nothing."""
+    total = torch.zeros_like(expected)
+    for rank in range(size):
+        with installed(VERSIONS[-1], Ranks(tp_rank=rank, tp_size=size)) as longcat:
+            layer = loaded(longcat, checkpoint, moe_intermediate_size=32 * size, original_moe_intermediate_size=I)
+            assert layer.experts.w13_weight.shape == (E, 2 * math.ceil(I / size), H)
+            total += layer(x_TH.clone())
+    assert close(total, expected)
 
 
 def test_bfloat16_and_a_bias_of_its_dtype(checkpoint, x_TH, expected):

@@ -35,14 +35,19 @@ _SUMS_OVER_RANKS = hasattr(longcat_flash, "tensor_model_parallel_all_reduce")
 class ZeroExpertLongcatExperts(nn.Module):
     """One rank's share of the experts: `w13_weight` [E, 2I/R, H], gate rows first, and `w2_weight` [E, H, I/R].
 
-    Names and loaders are those of SGLang's experts, so that its model loads them; SGLang repacks none of ours.
+    Names and loaders are those of SGLang's experts, so that its model loads them; SGLang repacks none of ours. It makes
+    its own wider than the checkpoint's where its back end asks for that; ours aren't, except that I/R is rounded up.
+
+    Args:
+        theirs: SGLang's experts, as built for this rank.
+        intermediate_size: I, as in the checkpoint.
     """
 
-    def __init__(self, theirs: FusedMoE) -> None:
+    def __init__(self, theirs: FusedMoE, intermediate_size: int) -> None:
         super().__init__()
-        self.num_local_experts = theirs.num_local_experts
+        self.num_local_experts, self.intermediate_size = theirs.num_local_experts, intermediate_size
         self.tp_rank, self.tp_size = theirs.moe_tp_rank, theirs.moe_tp_size
-        width, hidden = theirs.intermediate_size_per_partition, theirs.hidden_size
+        width, hidden = -(-intermediate_size // self.tp_size), theirs.hidden_size
         like = {"dtype": theirs.w13_weight.dtype, "device": theirs.w13_weight.device}
         self.w13_weight: Any = nn.Parameter(
             torch.empty(self.num_local_experts, 2 * width, hidden, **like), requires_grad=False
@@ -58,7 +63,7 @@ class ZeroExpertLongcatExperts(nn.Module):
         """Copy this rank's part of one expert's gate ("w1") or up ("w3") [I, H] or down ("w2") [H, I] weight.
 
         Raises:
-            ValueError: for another shard_id, or a weight of another shape than this rank's part times R.
+            ValueError: for another shard_id or a weight of another shape.
         """
         if shard_id not in ("w1", "w2", "w3"):
             raise ValueError(f"{weight_name}: shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r}")
@@ -68,10 +73,13 @@ class ZeroExpertLongcatExperts(nn.Module):
         else:
             part, dim = expert.chunk(2)[0 if shard_id == "w1" else 1], 0
         whole = list(part.shape)
-        whole[dim] *= self.tp_size
+        whole[dim] = self.intermediate_size
         if list(loaded_weight.shape) != whole:
             raise ValueError(f"{weight_name} must have shape {whole}, got {list(loaded_weight.shape)}")
-        part.copy_(loaded_weight.narrow(dim, self.tp_rank * part.shape[dim], part.shape[dim]))
+        # The last ranks may have less than the others, or nothing.
+        start = min(self.tp_rank * part.shape[dim], self.intermediate_size)
+        length = min(part.shape[dim], self.intermediate_size - start)
+        part.zero_().narrow(dim, 0, length).copy_(loaded_weight.narrow(dim, start, length))
 
 
 def why_theirs(layer: Any) -> str | None:
@@ -115,7 +123,9 @@ class ZeroExpertLongcatMoE(longcat_flash.LongcatFlashMoE):
             self.adds_zero_experts = (experts.moe_tp_rank, experts.moe_ep_rank) == (0, 0)
             their_experts = why_their_experts(experts)
             if their_experts is None:
-                self.experts = ZeroExpertLongcatExperts(experts)
+                # SGLang for CPUs widens the configuration's I and keeps the checkpoint's under another name.
+                width = getattr(config, "original_moe_intermediate_size", config.moe_intermediate_size)
+                self.experts = ZeroExpertLongcatExperts(experts, width)
             else:
                 said = f"routing and zero experts by zemoe, FFN experts by SGLang: {their_experts}"
         if layer_id == 0:
