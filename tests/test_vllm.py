@@ -33,6 +33,7 @@ from zemoe.routing import router_logits
 
 T, H, WIDTH, E, Z, K = 9, 200, 24, 6, 5, 4
 SCALING = 2.5
+FP8 = SimpleNamespace(get_name=lambda: "fp8")
 
 
 # --- who decides ---
@@ -42,7 +43,7 @@ def configuration(**changes) -> SimpleNamespace:
     """As much of a VllmConfig as is looked at, of a model that gets our layers."""
     hf = {"zero_expert_type": "identity", "n_routed_experts": E, "moe_intermediate_size": WIDTH, "router_bias": False}
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": False, "data_parallel_size": 1}
-    parallel["prefill_context_parallel_size"] = 1
+    parallel |= {"prefill_context_parallel_size": 1, "enable_eplb": False, "all2all_backend": "allgather_reducescatter"}
     model = {"dtype": torch.float32, "enable_return_routed_experts": False}
     top = {"quant_config": None, "lora_config": None, "additional_config": {"mine": 1}}
     for name, value in changes.items():
@@ -59,21 +60,37 @@ def configuration(**changes) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quant_config": object()}, "quantised"),
         ({"lora_config": object()}, "LoRA"),
-        ({"enable_expert_parallel": True}, "expert parallelism"),
-        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"enable_expert_parallel": True, "enable_eplb": True}, "load balancing"),
+        ({"enable_expert_parallel": True}, "can't be spread over ranks"),
         ({"prefill_context_parallel_size": 2}, "context parallelism"),
         ({"enable_return_routed_experts": True}, "enable_return_routed_experts"),
         ({"zero_expert_type": None}, "zero_expert_type is None"),
         ({"router_bias": True}, "bias"),
         ({"tensor_parallel_size": 5}, f"{WIDTH} columns of an expert don't divide among 5 ranks"),
-        ({"dtype": torch.int8}, "dtype"),
     ],
 )
 def test_what_vllm_keeps_for_itself(changes, reason):
     assert vllm_models.why_not(configuration()) is None
     assert reason in vllm_models.why_not(configuration(**changes))
+    assert reason in vllm_models.why_not(configuration(**changes, quant_config=FP8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quant_config": FP8}, "the model is quantised (fp8)"),
+        ({"quant_config": FP8, "tensor_parallel_size": 1, "enable_expert_parallel": True}, "quantised (fp8)"),
+        ({"tensor_parallel_size": 1, "enable_expert_parallel": True}, "expert parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"data_parallel_size": 2, "all2all_backend": "deepep_low_latency"}, "data parallelism"),
+        ({"dtype": torch.int8}, "dtype"),
+    ],
+)
+def test_when_the_experts_are_vllms(changes, reason):
+    assert vllm_models.why_their_experts(configuration()) is None
+    assert vllm_models.why_not(configuration(**changes)) is None
+    assert reason in vllm_models.why_their_experts(configuration(**changes))
 
 
 def test_batch_invariance_is_not_ours(monkeypatch):
@@ -81,14 +98,28 @@ def test_batch_invariance_is_not_ours(monkeypatch):
     assert "VLLM_BATCH_INVARIANT" in vllm_models.why_not(configuration())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("rocm", torch.bfloat16), ("cuda", torch.float32)])
-def test_another_device(monkeypatch, name, dtype):
-    """No path for ROCm; on CUDA only where our own kernels run, and they take 16 bits."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "why"),
+    [("rocm", torch.bfloat16, vllm_models.why_not), ("cuda", torch.float32, vllm_models.why_their_experts)],
+)
+def test_another_device(monkeypatch, name, dtype, why):
+    """No path for ROCm; on CUDA our experts only where our own kernels run, and they take 16 bits."""
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: name == "cuda")
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
     monkeypatch.setattr(type(current_platform), "device_name", name)
-    assert name in vllm_models.why_not(configuration(dtype=dtype))
+    assert name in why(configuration(dtype=dtype))
+
+
+def test_ways_between_ranks(monkeypatch):
+    """vLLM gathers tokens by default. Other ways may count on the choices of a token to differ."""
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    ways = {"enable_expert_parallel": True, "data_parallel_size": 2}
+    assert vllm_models.why_not(configuration(**ways)) is None
+    for changes in ({}, {"quant_config": FP8}):
+        found = vllm_models.why_not(configuration(**ways, **changes, all2all_backend="deepep_low_latency"))
+        assert "deepep_low_latency" in found
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.0", "0.33.1.dev3+cpu"])
@@ -168,41 +199,55 @@ def test_off_is_seen():
     assert done.returncode == 0 and len(said) == 1 and "ZEMOE_VLLM=0" in said[0]
 
 
-def test_all_layers_or_none(monkeypatch, heard):
+@pytest.mark.parametrize(
+    ("changes", "layer", "said"),
+    [
+        ({}, "ZeroExpertLongcatMoE", "has zemoe's MoE layers: unquantised torch.float32"),
+        (
+            {"quant_config": FP8},
+            "ZeroExpertLongcatMoEAroundTheirs",
+            "has MoE layers with routing and zero experts by zemoe, FFN experts by vLLM: the model is quantised (fp8)",
+        ),
+        ({"lora_config": object()}, "LongcatMoe", "has vLLM's own MoE layers: LoRA adapters are enabled"),
+    ],
+)
+def test_all_layers_are_of_one_kind(monkeypatch, heard, changes, layer, said):
     monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
     stock = longcat_flash.LongcatMoe
-    config = configuration(quant_config=object())
+    config = configuration(**changes)
     with vllm_models.moe_layers(config):
-        assert longcat_flash.LongcatMoe is stock
-    assert config.additional_config == {"mine": 1} and config.compilation_config.custom_ops == ["all"]
-    assert len(lines(heard)) == 1 and "vLLM's own" in lines(heard)[0] and "quantised" in lines(heard)[0]
-    heard.clear()
+        assert longcat_flash.LongcatMoe.__name__ == layer
+    assert longcat_flash.LongcatMoe is stock
+    assert len(lines(heard)) == 1 and said in lines(heard)[0]
+    if layer == "LongcatMoe":
+        assert config.additional_config == {"mine": 1} and config.compilation_config.custom_ops == ["all"]
 
-    config = configuration()
+
+def test_a_model_that_fails_to_build(monkeypatch, heard):
+    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
+    stock, config = longcat_flash.LongcatMoe, configuration()
     with pytest.raises(KeyError), vllm_models.moe_layers(config):
-        assert longcat_flash.LongcatMoe is ZeroExpertLongcatMoE
         raise KeyError
     assert longcat_flash.LongcatMoe is stock
     # What was compiled with other layers must not be found again; a rotary embedding that is wrong must not be used.
     assert config.additional_config == {"mine": 1, "zemoe": vllm_models.__version__}
     assert config.compilation_config.custom_ops == ["all", "-rotary_embedding"]
-    assert len(lines(heard)) == 1 and "zemoe's MoE layers" in lines(heard)[0]
 
 
 def test_one_rank_speaks(monkeypatch, heard):
     monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=False))
-    for config in (configuration(), configuration(quant_config=object())):
+    for config in (configuration(), configuration(quant_config=FP8), configuration(lora_config=object())):
         with vllm_models.moe_layers(config):
             pass
     assert lines(heard) == []
 
 
 def test_same_arguments_as_the_layer_that_it_replaces():
-    stock, ours = (inspect.signature(layer.__init__) for layer in (longcat_flash.LongcatMoe, ZeroExpertLongcatMoE))
-    assert list(stock.parameters) == list(ours.parameters)
-    assert {name: parameter.default for name, parameter in stock.parameters.items()} == {
-        name: parameter.default for name, parameter in ours.parameters.items()
-    }
+    stock = inspect.signature(longcat_flash.LongcatMoe.__init__).parameters
+    for layer in (ZeroExpertLongcatMoE, vllm_layers.ZeroExpertLongcatMoEAroundTheirs):
+        ours = inspect.signature(layer.__init__).parameters
+        assert list(stock) == list(ours)
+        assert {name: stock[name].default for name in stock} == {name: ours[name].default for name in ours}
 
 
 def test_what_the_plugin_leans_on():

@@ -1,7 +1,7 @@
-"""All of a LongCat-like layer behind the router's product as one operator, for engines that compile a model.
+"""What is behind the router's product of a LongCat-like layer, as operators for engines that compile a model.
 
-Compiled code calls it as it is: our backends decide by the number of tokens at each call, and engines compile once for
-all numbers.
+Compiled code calls them as they are: our backends decide by the number of tokens at each call, and engines compile once
+for all numbers.
 
 T tokens, H hidden size, I expert width, E FFN experts, A slots (E and the zero experts), K choices.
 """
@@ -13,6 +13,41 @@ from torch import Tensor
 
 from .experts import fused_experts
 from .routing import select_experts
+
+torch.library.define(
+    "zemoe::select_from_logits",
+    "(Tensor logits, Tensor bias, int top_k, int num_experts, float scaling) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("zemoe::select_from_logits")
+def _select_from_logits_fake(logits, bias, top_k, num_experts, scaling) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _select_from_logits(
+    logits_TA: Tensor, bias_A: Tensor, top_k: int, num_experts: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return select_experts(
+        logits_TA,
+        top_k,
+        num_experts=num_experts,
+        e_score_correction_bias=bias_A,
+        routed_scaling_factor=scaling,
+    )
+
+
+torch.library.impl("zemoe::select_from_logits", "CompositeExplicitAutograd", _select_from_logits)
+
+
+def select_from_logits(
+    logits_TA: Tensor, bias_A: Tensor, *, top_k: int, num_experts: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`select_experts` with softmax scores that are not renormalised: weights [T, K] float32 and ids [T, K] int64."""
+    return torch.ops.zemoe.select_from_logits(logits_TA, bias_A, top_k, num_experts, scaling)
+
 
 torch.library.define(
     "zemoe::moe_from_logits",
@@ -38,13 +73,7 @@ def _moe_from_logits(
     identity: bool,
 ) -> Tensor:
     num_experts, num_slots = w13.shape[0], logits_TA.shape[1]
-    weights_TK, ids_TK = select_experts(
-        logits_TA,
-        top_k,
-        num_experts=num_experts,
-        e_score_correction_bias=bias_A,
-        routed_scaling_factor=scaling,
-    )
+    weights_TK, ids_TK = _select_from_logits(logits_TA, bias_A, top_k, num_experts, scaling)
     kind = "identity" if identity else "zero"
     return fused_experts(
         x_TH,

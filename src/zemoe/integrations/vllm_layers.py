@@ -1,4 +1,4 @@
-"""LongCat-Flash's MoE layer for vLLM, computed by zemoe.
+"""LongCat-Flash's MoE layer for vLLM: computed by zemoe, or routing and zero experts only.
 
 T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices, R tensor-parallel
 ranks.
@@ -18,9 +18,10 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.utils import set_weight_attrs
 
-from ..from_logits import moe_from_logits
+from ..from_logits import moe_from_logits, select_from_logits
 from ..routing import router_logits
 
 
@@ -138,3 +139,84 @@ class ZeroExpertLongcatMoE(nn.Module):
             identity=self.identity,
         )
         return y_TH if self.ranks == 1 else tensor_model_parallel_all_reduce(y_TH)
+
+
+# vLLM's experts, router and all: a function by this name since 0.27.
+_their_experts = fused_moe.FusedMoEFactory if hasattr(fused_moe, "FusedMoEFactory") else fused_moe.FusedMoE
+
+
+def _packed(weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    """A routing as [T, 2K] float32, in which ids are exact: vLLM takes it for router logits, between ranks too."""
+    return torch.cat([weights_TK, ids_TK.float()], dim=1)
+
+
+def _unpacked(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """A `custom_routing_function` of vLLM's: (weights, ids) out of what takes the place of router logits."""
+    # vLLM's kernels take both for contiguous.
+    return gating_output[:, :topk].contiguous(), gating_output[:, topk:].to(torch.int32)
+
+
+class ZeroExpertLongcatMoEAroundTheirs(nn.Module):
+    """Stands in for vLLM's LongcatMoe where vLLM's own experts compute: quantised ones, or experts spread over ranks.
+
+    The same arguments and checkpoint names. Routing and zero experts are ours, and nothing is kept between calls: the
+    routing goes to vLLM's experts in the place of router logits. Their output is complete for this rank's tokens, so
+    every rank adds the zero experts' part of its tokens to it.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        params_dtype: torch.dtype | None = None,
+        quant_config: Any = None,
+        prefix: str = "",
+        enable_eplb: bool = False,
+    ) -> None:
+        super().__init__()
+        assert not enable_eplb, "models whose experts move between ranks keep vLLM's layers"
+        self.num_experts, self.top_k = num_experts, top_k
+        self.scaling = float(config.routed_scaling_factor)
+        self.router = _Router(num_experts, num_experts + config.zero_expert_num, hidden_size)
+        self.experts = _their_experts(
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            params_dtype=params_dtype,
+            renormalize=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+            custom_routing_function=_unpacked,
+            router_logits_dtype=torch.float32,
+        )
+        method: Any = self.experts.routed_experts.quant_method
+        if getattr(method, "experts_cls", method) is None:
+            raise ValueError(f"this vLLM has no kernel for the model's experts here ({type(method).__name__})")
+        if method.is_monolithic:
+            raise ValueError(
+                f"{type(method).__name__} of this vLLM chooses experts by itself and knows no zero experts; "
+                "ZEMOE_VLLM=0 leaves the model to vLLM"
+            )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [T, H]; the same shape and dtype out."""
+        weights_TK, ids_TK = select_from_logits(
+            router_logits(hidden_states, self.router.classifier.weight),
+            self.router.e_score_correction_bias,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+            scaling=self.scaling,
+        )
+        zero_TK = ids_TK >= self.num_experts
+        # Before the experts: they may write over their input.
+        zero_TH = hidden_states * weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
+        # Most of vLLM's kernels have no word for "no expert". A zero choice becomes, with weight 0, an expert that its
+        # token has chosen anyway (0 where it has none): no further weights are read, and no expert gets all of them.
+        chosen_T1 = ids_TK.masked_fill(zero_TK, self.num_experts).amin(-1, keepdim=True) % self.num_experts
+        routing = _packed(weights_TK.masked_fill(zero_TK, 0), torch.where(zero_TK, chosen_T1, ids_TK))
+        y_TH = self.experts(hidden_states=hidden_states, router_logits=routing)
+        return (y_TH + zero_TH).to(hidden_states.dtype)

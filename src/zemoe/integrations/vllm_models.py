@@ -1,7 +1,6 @@
 """vLLM's LongCat-Flash models with our MoE layer in them: what `vllm.py` registers.
 
-Either every MoE layer of a model is ours or none is: `why_not` looks at the whole configuration before anything is
-built, and one line in the log says which it is and why.
+All MoE layers of a model are of one kind, and `moe_layers` looks at the whole configuration before anything is built.
 """
 
 # pyright: reportMissingImports=false
@@ -24,7 +23,7 @@ from vllm.platforms import current_platform
 from .. import __version__
 from ..experts import resolve_backend
 from .vllm import logger
-from .vllm_layers import ZeroExpertLongcatMoE
+from .vllm_layers import ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _ROTARY = "rotary_embedding"
@@ -35,11 +34,14 @@ def why_not(vllm_config: Any) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config, ranks = model.hf_config, parallel.tensor_parallel_size
     width = getattr(config, "moe_intermediate_size", None) or getattr(config, "expert_ffn_hidden_size", None)
+    spread = parallel.enable_expert_parallel and ranks * parallel.data_parallel_size > 1
     checks = {
-        "the model is quantised": vllm_config.quant_config is not None,
         "LoRA adapters are enabled": vllm_config.lora_config is not None,
-        "expert parallelism is enabled": parallel.enable_expert_parallel,
-        "data parallelism is enabled": parallel.data_parallel_size > 1,
+        "expert load balancing is enabled": parallel.enable_eplb,
+        "vLLM's experts for CPUs can't be spread over ranks": spread and current_platform.is_cpu(),
+        f"tokens travel between ranks by {parallel.all2all_backend}": spread
+        and parallel.data_parallel_size > 1
+        and parallel.all2all_backend != "allgather_reducescatter",
         "prefill context parallelism is enabled": parallel.prefill_context_parallel_size > 1,
         "VLLM_BATCH_INVARIANT is set": envs.VLLM_BATCH_INVARIANT,
         "the experts chosen are asked for (enable_return_routed_experts)": getattr(
@@ -52,9 +54,18 @@ def why_not(vllm_config: Any) -> str | None:
             current_platform.is_cpu() or current_platform.is_cuda()
         ),
     }
-    for reason, holds in checks.items():
-        if holds:
-            return reason
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def why_their_experts(vllm_config: Any) -> str | None:
+    """Why vLLM's own experts compute the FFN experts' part in a model that is not left to vLLM, or None."""
+    model, parallel, quantised = vllm_config.model_config, vllm_config.parallel_config, vllm_config.quant_config
+    if quantised is not None:
+        return f"the model is quantised ({quantised.get_name()})"
+    if parallel.enable_expert_parallel:
+        return "expert parallelism is enabled"
+    if parallel.data_parallel_size > 1:
+        return "data parallelism is enabled"
     try:
         backend = _backend(vllm_config)
     except ValueError as error:
@@ -72,18 +83,23 @@ def _backend(vllm_config: Any) -> str:
 
 @contextmanager
 def moe_layers(vllm_config: Any) -> Iterator[None]:
-    """The context to build a LongCat model in: its MoE layers are ours, or vLLM's own where `why_not` has a reason."""
+    """The context to build a LongCat model in: its MoE layers are ours, or ours around vLLM's experts, or vLLM's own.
+
+    One line in the log says which, and why where they are not all ours.
+    """
     reason = why_not(vllm_config)
-    first = get_world_group().is_first_rank
     if reason is not None:
-        if first:
-            logger.info("zemoe %s: this LongCat model has vLLM's own MoE layers: %s", __version__, reason)
+        _say("vLLM's own MoE layers: %s", reason)
         yield
         return
-    if first:
-        logger.info(
-            "zemoe %s: this LongCat model has zemoe's MoE layers: unquantised %s, tensor parallel %d, backend %r",
-            __version__,
+    reason = why_their_experts(vllm_config)
+    if reason is not None:
+        ours = ZeroExpertLongcatMoEAroundTheirs
+        _say("MoE layers with routing and zero experts by zemoe, FFN experts by vLLM: %s", reason)
+    else:
+        ours = ZeroExpertLongcatMoE
+        _say(
+            "zemoe's MoE layers: unquantised %s, tensor parallel %d, backend %r",
             vllm_config.model_config.dtype,
             vllm_config.parallel_config.tensor_parallel_size,
             _backend(vllm_config),
@@ -91,11 +107,16 @@ def moe_layers(vllm_config: Any) -> Iterator[None]:
     _keep_apart_when_compiled(vllm_config)
     _mend_rotary_embedding(vllm_config)
     stock = longcat_flash.LongcatMoe
-    longcat_flash.LongcatMoe = ZeroExpertLongcatMoE
+    longcat_flash.LongcatMoe = ours
     try:
         yield
     finally:
         longcat_flash.LongcatMoe = stock
+
+
+def _say(what: str, *values: Any) -> None:
+    if get_world_group().is_first_rank:
+        logger.info("zemoe %s: this LongCat model has " + what, __version__, *values)
 
 
 def _keep_apart_when_compiled(vllm_config: Any) -> None:
@@ -121,7 +142,8 @@ def without_dead_rows(weights: Iterable[tuple[str, Tensor]], num_experts: int) -
 
 
 def _loadable(model: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    ours = any(isinstance(module, ZeroExpertLongcatMoE) for module in model.modules())
+    layers = (ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs)
+    ours = any(isinstance(module, layers) for module in model.modules())
     return without_dead_rows(weights, model.config.n_routed_experts) if ours else weights
 
 
