@@ -8,6 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 
@@ -92,6 +95,14 @@ def test_export_needs_the_whole_model(stock, tmp_path):
         bridge.export(LongcatFlashModel(tiny_config()), tmp_path)
 
 
+def test_export_needs_weights_in_memory(stock, tmp_path):
+    model = copy.deepcopy(stock)
+    model.model.layers[1].to("meta")  # as offloading leaves it
+    with pytest.raises(ValueError, match=r"weights must be in memory, model\.layers\.1\..* is offloaded"):
+        bridge.export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("layout", ["original", "transformers"])
 def test_a_missing_expert_never_shifts_the_others(folders, tmp_path, layout):
     """Stacking counts tensors, it doesn't look at their numbers: expert 3 would silently become expert 2."""
@@ -135,6 +146,27 @@ def test_load_model_names_the_config_for_a_value_of_the_wrong_type(folders, tmp_
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=r"config\.json: .*" + next(iter(change))):
         bridge.load_model(folder)
+
+
+def test_threads_that_load_at_once(folders, stock_logits, ids, monkeypatch):
+    """One of them leaving `applied` would give the others stock's layers."""
+    inside, most, applied = [], [], bridge.applied
+
+    @contextmanager
+    def slow():
+        with applied():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.1)
+            yield
+            inside.pop()
+
+    monkeypatch.setattr(bridge, "applied", slow)
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(bridge.load_model, folders.values()))
+    assert most == [1, 1, 1] and not bridge.is_applied()
+    for model in models:
+        assert (logits_of(model, ids) - stock_logits).abs().max() < TOLERANCE
 
 
 def test_load_model_refuses_adapters_pickles_and_unknown_backends(folders, tmp_path):

@@ -12,6 +12,7 @@ models are published, which plain transformers can't.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,6 +165,9 @@ def load_config(folder: str | Path) -> transformers.LongcatFlashConfig:
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
+_LOADING = threading.Lock()  # `applied` is for the process: one thread must not leave it while another one loads
+
+
 def load_model(
     folder: str | Path,
     device: torch.device | str = "cpu",
@@ -173,7 +177,7 @@ def load_model(
     """Load a LongCat-Flash checkpoint folder with our layers, in evaluation mode.
 
     The folder is verified first (`zemoe.checkpoint.verify`). Nothing is downloaded, no code of the checkpoint is run,
-    no pickle is opened, and transformers is left as it was.
+    no pickle is opened, and transformers is left as it was. Threads that call it at once load one after another.
 
     Args:
         folder: with config.json and safetensors, in any layout that zemoe.checkpoint knows; FP8 weights (in the format
@@ -194,12 +198,12 @@ def load_model(
     config = load_config(folder)
     if quantized is not None:
         delattr(config, "quantization_config")
-        with applied():
+        with _LOADING, applied():
             model: Any = load_dequantized(quantized, config, torch.bfloat16 if dtype == "auto" else _dtype_of(dtype))
         model.to(device)
         patch_(model, backend)
         return model
-    with applied():
+    with _LOADING, applied():
         loaded: Any = modeling.LongcatFlashForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -230,10 +234,16 @@ def export(model: modeling.LongcatFlashForCausalLM, folder: str | Path, max_shar
 
     `model.save_pretrained` of a model with our layers writes the original layout, which plain transformers can't load.
     `folder` must not hold weights yet. Returns the names of the weight files.
+
+    Raises:
+        ValueError: for another model, for one whose weights are not in memory (offloaded), for a folder with weights.
     """
     layers = longcat_layers(model)
     if not isinstance(model, modeling.LongcatFlashForCausalLM):
         raise ValueError(f"model must be LongcatFlashForCausalLM, got {type(model).__name__}")
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise ValueError(f"weights must be in memory, {missing[0]} is offloaded: export what load_model gives instead")
     layer = layer_config(next(iter(layers.values())).config)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

@@ -140,7 +140,9 @@ def _check_plain(name: str, layer: Any) -> None:
     }
     for part, (module, known) in parts.items():
         if type(module) not in known:
-            raise ValueError(f"{name}: {part} must be {known[0].__name__}, got {type(module).__name__} (quantized?)")
+            raise ValueError(
+                f"{name}: {part} must be {known[0].__name__}, got {type(module).__name__} (quantized? PEFT?)"
+            )
         if "forward" in vars(module):
             raise ValueError(f"{name}: {part} is wrapped (parallel or offloaded); call apply() before loading instead")
     if "forward" in vars(layer.experts.identity_expert) or isinstance(layer.experts.gate_up_proj, DTensor):
