@@ -7,10 +7,11 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 # The oldest transformers that we support, beside the newest in the environment itself.
 OLDEST := $(VENV)/transformers-5.17.0
 VLLM   := .venv-vllm
+SGLANG := .venv-sglang
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-vllm test-gpu sglang bench check clean
+.PHONY: run environments test test-oldest test-vllm test-sglang test-gpu sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -28,6 +29,10 @@ test-oldest: $(READY) $(OLDEST)
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm*.py
 
+# SGLang on a CPU, in an environment of its own too. Not part of `test`: setting it up takes minutes.
+test-sglang: $(SGLANG)/.ready
+	PYTHONPATH=tests/sglang_cpu OMP_WAIT_POLICY=passive $(SGLANG)/bin/python -m pytest tests/test_sglang_engine.py
+
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
 # a file: most of the time goes to compiling kernels.
 GPU_TESTS := $(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py)
@@ -35,12 +40,12 @@ test-gpu:
 	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P 8 -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
 
 # Reads SGLang's wheels, of the versions that docs/sglang.md names, without installing them; renews tests/sglang_facts.json.
-SGLANG := $(VENV)/sglang
+WHEELS := $(VENV)/sglang
 sglang: $(READY)
-	mkdir -p $(SGLANG)
+	mkdir -p $(WHEELS)
 	set -e; for version in 0.5.11 0.5.14 0.5.23; do \
-		$(PIP) download --no-deps --only-binary :all: --dest $(SGLANG) sglang==$$version; done
-	$(BIN)/python tests/sglang_facts.py $(SGLANG)
+		$(PIP) download --no-deps --only-binary :all: --dest $(WHEELS) sglang==$$version; done
+	$(BIN)/python tests/sglang_facts.py $(WHEELS)
 	$(BIN)/python -m pytest tests/test_sglang.py
 
 bench: $(READY)
@@ -52,7 +57,7 @@ check: $(READY)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist
+	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist
 
 # torch comes first and alone: with it in place no later step pulls in a much larger build as a dependency.
 $(READY): pyproject.toml constraints.txt
@@ -66,8 +71,8 @@ $(OLDEST): $(READY)
 	$(PIP) install --target $@.partial transformers==5.17.0
 	mv $@.partial $@
 
-$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip --quiet --disable-pip-version-check install --no-deps --requirement constraints-vllm.txt
-	$(VLLM)/bin/pip --quiet --disable-pip-version-check install --no-deps --editable .
+.venv-%/.ready: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip --quiet --disable-pip-version-check install --no-deps --requirement constraints-$*.txt
+	.venv-$*/bin/pip --quiet --disable-pip-version-check install --no-deps --editable .
 	touch $@
