@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config, LongcatFlashForCausalLM
 
 import transformers_shared
 import zemoe.integrations.transformers as bridge
@@ -100,6 +101,21 @@ def test_the_model_loads(fp8, stock, ids, dtype):
         plain = {name: t for name, t in meant.items() if ".mlp.experts." not in name}
         expected.load_state_dict(plain, strict=False)
         assert torch.equal(logits_of(model, ids), logits_of(expected, ids))
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_from_pretrained_says_what_to_call_instead(fp8, dequantize, by_name):
+    asked: dict = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if dequantize else {}
+    if by_name:
+        bridge.register()
+        asked["experts_implementation"] = "zemoe"
+    else:
+        bridge.apply()
+    with pytest.raises(ValueError, match=r"load_model, which dequantizes.*save_dequantized"):
+        LongcatFlashForCausalLM.from_pretrained(fp8[0], **asked)
+    bridge.unapply()
+    bridge.unregister()
 
 
 def test_a_plain_checkpoint_is_written(fp8, tmp_path, ids):

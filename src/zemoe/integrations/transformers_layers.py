@@ -38,6 +38,12 @@ def layer_config(config: Any) -> MoEConfig:
     Raises ValueError naming the entry for what the layers can't compute: quantized weights, another zero_expert_type,
     an unknown hidden_act, counts that make no sense.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{type(config).__name__}: quantization_config is set, and these layers take no quantized weights. FP8 "
+            "checkpoints load with zemoe.integrations.transformers.load_model, which dequantizes them; from_pretrained "
+            "loads what zemoe.checkpoint_fp8.save_dequantized makes of them"
+        )
     check_config(dict(vars(config), model_type=config.model_type), type(config).__name__)
     if config.hidden_act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {sorted(_ACTIVATIONS)}, got {config.hidden_act!r}")
