@@ -334,6 +334,19 @@ def test_generation_is_the_same_with_and_without_a_cache(tmp_path):
     assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 2:], plain)
 
 
+def test_a_text_in_two_pieces_gives_the_same_logits(tmp_path):
+    written(tmp_path)
+    model, ids = load_moepp(tmp_path), tokens(2, 8)
+    with torch.no_grad():
+        whole, start = model(ids).logits, model(ids[:, :5], use_cache=True)
+        embedded = model.get_input_embeddings()(ids[:, 5:])
+        rest = model(inputs_embeds=embedded, past_key_values=start.past_key_values).logits
+    torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, atol=1e-4, rtol=1e-4)
+    for inputs in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            model(**inputs)
+
+
 def test_activation_checkpoints_change_no_gradient(tmp_path):
     written(tmp_path)
     model, ids = load_moepp(tmp_path).train(), tokens(2, 5)
@@ -389,6 +402,7 @@ def test_saved_in_either_layout_it_is_the_same_model(tmp_path):
             "num_attention_heads must be such that hidden_size = 32 gives heads of even size",
         ),
         ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_attention_heads = 4.*, got 3"),
+        ({"pad_token_id": 48}, "pad_token_id must be one of the 48 tokens, or absent, got 48"),
         ({"moe_use_logits_norm": 1}, "moe_use_logits_norm must be true, false or absent, got 1"),
         ({"moe_gate_norm_std": 0}, "moe_gate_norm_std must be a finite number above 0, got 0"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling must be null or .*, got .*yarn"),

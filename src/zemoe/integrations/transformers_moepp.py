@@ -74,6 +74,9 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     groups = config.get("num_key_value_heads")
     fits = groups is None or (_is_count(groups, 1) and heads % groups == 0)
     need("num_key_value_heads", fits, f"a divisor of num_attention_heads = {heads}, or absent")
+    vocab, pad = config.get("vocab_size", 32000), config.get("pad_token_id")
+    fits = pad is None or (type(pad) is int and -vocab <= pad < vocab)
+    need("pad_token_id", fits, f"one of the {vocab} tokens, or absent")
     scaling = config.get("rope_scaling")
     fits = scaling is None or (
         isinstance(scaling, dict)
@@ -136,7 +139,9 @@ def published_tensors(model: MoEPlusPlusForCausalLM) -> dict[str, Tensor]:
     return published
 
 
-def load_moepp(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto") -> nn.Module:
+def load_moepp(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto"
+) -> MoEPlusPlusForCausalLM:
     """Load an MoE++ checkpoint folder as a causal language model of transformers, in evaluation mode.
 
     Nothing is downloaded, no code of the checkpoint is run; one tensor at a time is in memory beside the model. The
@@ -175,7 +180,8 @@ def load_moepp(folder: str | Path, device: torch.device | str = "cpu", dtype: to
                 if found[name].file == file:
                     place.copy_(tensors.get_tensor(name))
     model.tie_weights()
-    return cast(nn.Module, model).to(device).eval()
+    cast(nn.Module, model).to(device)
+    return model.eval()
 
 
 def save_moepp(model: MoEPlusPlusForCausalLM, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> list[str]:

@@ -56,7 +56,7 @@ class MoEPlusPlusConfig(LlamaConfig):
 
 
 def block_rules(config: MoEPlusPlusConfig) -> MoEConfig:
-    """The MoEConfig of every MoE block of the model. Raises ValueError for fewer than 5 slots.
+    """The MoEConfig of every MoE block of the model.
 
     Mixtral's gating is a softmax over the two chosen logits: that over all slots, normalised over the two. The other
     gives the zero expert no weight and normalises the rest.
