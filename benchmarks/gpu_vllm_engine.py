@@ -168,6 +168,8 @@ def main() -> None:
     if args.one:
         print("FOUND", json.dumps(measure(args.one, CONFIG)), flush=True)
         return
+    import gpu_results  # needs Triton and the device
+
     rows: list[dict] = []
     first: dict[str, Any] | None = None
     for name in args.runs:
@@ -177,6 +179,7 @@ def main() -> None:
             print(f"{name}: {found}", flush=True)
             rows.append(dict.fromkeys(("requests", "prompt_tokens", "new_tokens"), "-") | {"side": side, "mode": mode})
             rows[-1] |= {"tokens_per_second": "-", "same_as_first": found}
+            gpu_results.write("vllm_engine", rows, args)
             continue
         first = first or found
         for at, (batch, length, new) in enumerate(CASES):
@@ -185,9 +188,7 @@ def main() -> None:
             same = agreement(found["tokens"][at], first["tokens"][at])
             rows[-1] |= {"tokens_per_second": round(rate, 1), "same_as_first": same}
             print(*rows[-1].values(), f"(started in {found['start']:.0f} s)", sep="  ", flush=True)
-    import gpu_results
-
-    gpu_results.write("vllm_engine", rows, args)
+        gpu_results.write("vllm_engine", rows, args)
 
 
 if __name__ == "__main__":
