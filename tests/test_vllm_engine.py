@@ -14,11 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from vllm_server import ask, running, server, streamed
-from vllm_tiny import LENGTHS, NEW_TOKENS, Expected, expected, prompts, tiny_model, write_checkpoint
+from vllm_tiny import (
+    LENGTHS,
+    NEW_TOKENS,
+    Expected,
+    expected,
+    first_log_probabilities,
+    fp8_model,
+    prompts,
+    tiny_model,
+    write_checkpoint,
+    write_fp8_checkpoint,
+)
 
 STREAMED = slice(6, 14)  # eight prompts of middling length
 STREAMED_TOKENS = 40
@@ -29,11 +41,15 @@ CLEAR = 1e-4
 
 class Reference:
     def __init__(self, folder: Path) -> None:
+        torch.set_num_threads(1)  # operators of this size take longer with two
         model = tiny_model()
         self.batch: Expected = expected(model, prompts())
         self.streams: Expected = expected(model, prompts()[STREAMED], STREAMED_TOKENS)
         self.published = write_checkpoint(folder / "published", model)
         self.saved = write_checkpoint(folder / "saved", model, dead_rows=True)
+        quantised = fp8_model()
+        self.fp8 = write_fp8_checkpoint(folder / "fp8", quantised)
+        self.fp8_first = first_log_probabilities(quantised, prompts())
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +57,7 @@ def reference(tmp_path_factory) -> Reference:
     return Reference(tmp_path_factory.mktemp("longcat"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     cache = str(tmp_path_factory.getbasetemp() / "vllm_cache")
     return os.environ | {
@@ -52,15 +68,25 @@ def environment(tmp_path_factory) -> dict[str, str]:
     }
 
 
-def run(folder: Path, model: Path, environment: dict[str, str], **engine) -> tuple[list[list[int]], str]:
-    """(greedy tokens of all prompts in one batch, the log) of a process of its own."""
-    request = {"model": str(model), "prompts": prompts(), "new_tokens": NEW_TOKENS, "engine": engine}
-    (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), "request.json", "answer.json"]
+def engine(model: Path, dtype: str = "float32", new_tokens: int = NEW_TOKENS, **arguments) -> dict:
+    arguments["enforce_eager"] = True
+    return {"model": str(model), "dtype": dtype, "new_tokens": new_tokens, "engine": arguments}
+
+
+def run(folder: Path, environment: dict[str, str], *engines: dict) -> tuple[list[list[dict]], list[str]]:
+    """(of each engine, what vllm_run.py answers for each prompt; what the log says of each) in one process."""
+    (folder / "request.json").write_text(json.dumps({"prompts": prompts(), "runs": engines}))
+    command = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), "request.json", "answer"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-4000:]
-    return json.loads((folder / "answer.json").read_text())["tokens"], log
+    found = said(log)
+    assert len(found) == len(engines)
+    return [json.loads((folder / f"answer.{number}.json").read_text()) for number in range(len(engines))], found
+
+
+def tokens(answers: list[dict]) -> list[list[int]]:
+    return [answer["tokens"] for answer in answers]
 
 
 def said(log: str) -> list[str]:
@@ -74,19 +100,55 @@ def test_the_reference_is_clear(reference):
     assert len({token for tokens in reference.batch.tokens for token in tokens}) > 60
 
 
-def test_in_one_process_and_eager(reference, environment, tmp_path):
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    tokens, log = run(tmp_path, reference.published, environment, enforce_eager=True)
-    assert tokens == reference.batch.tokens
-    assert len(said(log)) == 1 and OURS in log and "backend 'cpu'" in log
+@pytest.fixture(scope="module")
+def in_one_process(reference, environment, tmp_path_factory) -> list[tuple[list[dict], str]]:
+    """Three engines one after another, eager, each in the process that asks it: (answers, line of the log) of each."""
+    found = run(
+        tmp_path_factory.mktemp("run"),
+        environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        engine(reference.published),
+        engine(reference.published, enable_expert_parallel=True),
+        engine(reference.fp8, dtype="bfloat16", new_tokens=1),
+    )
+    return list(zip(*found, strict=True))
+
+
+def test_in_one_process_and_eager(reference, in_one_process):
+    answers, line = in_one_process[0]
+    assert tokens(answers) == reference.batch.tokens
+    assert OURS in line and "backend 'cpu'" in line
+
+
+def test_around_the_experts_of_vllm(reference, in_one_process):
+    """Expert parallelism over one rank: FFN experts are vLLM's, and compute in float32."""
+    answers, line = in_one_process[1]
+    assert tokens(answers) == reference.batch.tokens
+    assert "routing and zero experts by zemoe, FFN experts by vLLM: expert parallelism" in line
+
+
+def test_fp8(reference, in_one_process):
+    """vLLM's experts for FP8 in blocks, with all else in bfloat16: its rounding is what is left of a difference."""
+    answers, line = in_one_process[2]
+    assert "routing and zero experts by zemoe, FFN experts by vLLM: the model is quantised (fp8)" in line
+    off = torch.tensor(
+        [
+            [abs(value - expected[int(token)]) for token, value in answer["first"].items()]
+            for answer, expected in zip(answers, reference.fp8_first.tolist(), strict=True)
+        ]
+    )
+    assert off.max() < 0.3 and off.mean() < 0.03
+    best = reference.fp8_first.topk(2).values
+    clear = best[:, 0] - best[:, 1] > 0.3
+    first = torch.tensor(tokens(answers))[:, 0]
+    assert clear.sum() >= 8 and torch.equal(first[clear], reference.fp8_first.argmax(-1)[clear])
 
 
 def test_two_tensor_parallel_ranks(reference, environment, tmp_path):
     """In processes of their own. The checkpoint has tensors for the zero experts, as transformers writes it."""
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    tokens, log = run(tmp_path, reference.saved, environment, enforce_eager=True, tensor_parallel_size=2)
-    assert tokens == reference.batch.tokens
-    assert len(said(log)) == 1 and OURS in log and "tensor parallel 2" in log
+    environment = environment | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    (answers,), (line,) = run(tmp_path, environment, engine(reference.saved, tensor_parallel_size=2))
+    assert tokens(answers) == reference.batch.tokens
+    assert OURS in line and "tensor parallel 2" in line
 
 
 def test_server_compiled(reference, environment, tmp_path):

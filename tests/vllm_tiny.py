@@ -1,6 +1,6 @@
 """A small random LongCat-Flash with the head sizes that vLLM's CPU attention takes, and what transformers makes of it.
 
-Run in the engine's environment (`make test-vllm`): everything here is float32 and greedy.
+Run in the engine's environment (`make test-vllm`): everything here is float32 and greedy, but one checkpoint in FP8.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
+from vllm_fp8 import BLOCK, in_blocks
 from zemoe.checkpoint import save_original_layout
 
-# H = 200 is no multiple of 256; E = 6, Z = 5 and K = 4 differ, so that a mix-up shows; two layers: one may be wrong.
+# H = 224 is no multiple of 256, but of 32, which vLLM's own experts ask for; E = 6, Z = 5 and K = 4 differ, so that a
+# mix-up shows; two layers: one may be wrong.
 SIZES = {
     "vocab_size": 160,
-    "hidden_size": 200,
+    "hidden_size": 224,
     "num_layers": 2,
     "num_attention_heads": 2,
     "ffn_hidden_size": 64,
@@ -39,15 +42,26 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.06,
 }
+# Blocks of FP8 divide these.
+FP8_SIZES = {"hidden_size": 256, "expert_ffn_hidden_size": 128}
+FP8_CONFIG = {
+    "dtype": "bfloat16",
+    "disable_quant_module": ["self_attn", "mlps"],
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+    },
+}
 # What vLLM asks for and transformers has no field for.
 ENGINE = {"zero_expert_type": "identity", "mla_scale_q_lora": True, "mla_scale_kv_lora": True}
 NEW_TOKENS = 16
 LENGTHS = [1, 2, 3, 5, 8, 13, 17, 21, 30, 33, 40, 47, 55, 63, 64, 65, 71, 80, 97, 110, 127, 128, 150, 200]
 
 
-def tiny_model() -> LongcatFlashForCausalLM:
+def tiny_model(**changes: int) -> LongcatFlashForCausalLM:
     torch.manual_seed(0)
-    model = LongcatFlashForCausalLM(LongcatFlashConfig(**SIZES))
+    model = LongcatFlashForCausalLM(LongcatFlashConfig(**SIZES | changes))
     generator = torch.Generator().manual_seed(1)
     for layer in model.model.layers:
         router = layer.mlp.router
@@ -91,6 +105,38 @@ def expected(model: LongcatFlashForCausalLM, asked: list[list[int]], new_tokens:
         best = torch.stack([logits[0] for logits in out.logits]).topk(2).values
         margin = min(margin, (best[:, 0] - best[:, 1]).min().item())
     return Expected(tokens, margin)
+
+
+def fp8_model() -> LongcatFlashForCausalLM:
+    """What a checkpoint in FP8 stands for: the experts in FP8 in blocks, all else but the router in bfloat16."""
+    model = tiny_model(**FP8_SIZES)
+    for name, parameter in model.named_parameters():
+        for weight in parameter.data if ".mlp.experts." in name else ():
+            weight.copy_(in_blocks(weight)[2])
+        if ".mlp." not in name:
+            parameter.data.copy_(parameter.data.bfloat16())
+    return model
+
+
+def write_fp8_checkpoint(folder: Path, model: LongcatFlashForCausalLM) -> Path:
+    """In the layout in which the models are published: a weight's scales are in a tensor beside it."""
+    write_checkpoint(folder, model)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if ".mlp.experts." in name:
+            tensors[name], tensors[f"{name}_scale_inv"], _ = in_blocks(tensor)
+        else:
+            tensors[name] = tensor if ".mlp." in name else tensor.bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | FP8_CONFIG))
+    return folder
+
+
+@torch.inference_mode()
+def first_log_probabilities(model: LongcatFlashForCausalLM, asked: list[list[int]]) -> torch.Tensor:
+    """Of the first new token of each prompt, [prompts, vocabulary]."""
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in asked])
 
 
 def write_tokenizer(folder: Path) -> None:
