@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import math
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,14 +205,14 @@ def test_two_ranks_hold_the_zero_experts_once(checkpoint, x_TH, expected, versio
     assert close(parts[0] + parts[1], expected)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_sglang_for_cpus_widens_the_experts(checkpoint, x_TH, expected, size):
-    """To R times 32, in the configuration too. Three ranks have widths 3, 3 and 2; the last of five has nothing."""
+@pytest.mark.parametrize(("size", "width"), [(2, 32), (3, 3), (5, 2)])
+def test_experts_wider_than_the_checkpoints(checkpoint, x_TH, expected, size, width):
+    """As SGLang for CPUs writes it into the configuration. Of the ranks some are full, one is in part, others empty."""
     total = torch.zeros_like(expected)
     for rank in range(size):
         with installed(VERSIONS[-1], Ranks(tp_rank=rank, tp_size=size)) as longcat:
-            layer = loaded(longcat, checkpoint, moe_intermediate_size=32 * size, original_moe_intermediate_size=I)
-            assert layer.experts.w13_weight.shape == (E, 2 * math.ceil(I / size), H)
+            layer = loaded(longcat, checkpoint, moe_intermediate_size=width * size)
+            assert layer.experts.w13_weight.shape == (E, 2 * width, H)
             total += layer(x_TH.clone())
     assert close(total, expected)
 
@@ -273,8 +272,9 @@ def test_weights_that_do_not_fit_are_refused(checkpoint):
     with installed(VERSIONS[-1], Ranks(tp_size=2)) as longcat:
         layer = loaded(longcat, checkpoint)
         load, weight = layer.experts.weight_loader, layer.experts.w13_weight
-        with pytest.raises(ValueError, match=r"gate must have shape \[8, 32\], got \[4, 32\]"):
-            load(weight, torch.zeros(4, H), "gate", shard_id="w1", expert_id=0)
+        for shape in [(I + 1, H), (I, H + 1), (I, H, 1)]:
+            with pytest.raises(ValueError, match=rf"gate must have shape \[8, 32\], got \[{str(shape)[1:-1]}\]"):
+                load(weight, torch.zeros(shape), "gate", shard_id="w1", expert_id=0)
         with pytest.raises(ValueError, match="shard_id must be 'w1', 'w2' or 'w3', got 'w13'"):
             load(weight, torch.zeros(I, H), "gate", shard_id="w13", expert_id=0)
 

@@ -35,19 +35,19 @@ _SUMS_OVER_RANKS = hasattr(longcat_flash, "tensor_model_parallel_all_reduce")
 class ZeroExpertLongcatExperts(nn.Module):
     """One rank's share of the experts: `w13_weight` [E, 2I/R, H], gate rows first, and `w2_weight` [E, H, I/R].
 
-    Names and loaders are those of SGLang's experts, so that its model loads them; SGLang repacks none of ours. It makes
-    its own wider than the checkpoint's where its back end asks for that; ours aren't, except that I/R is rounded up.
+    Names and loaders are those of SGLang's experts, so that its model loads them; SGLang repacks none of ours. For some
+    back ends SGLang's own are wider; ours are as the configuration says.
 
     Args:
         theirs: SGLang's experts, as built for this rank.
-        intermediate_size: I, as in the checkpoint.
+        intermediate_size: I, a multiple of R; a checkpoint's may be less (SGLang for CPUs rounds up to R times 32).
     """
 
     def __init__(self, theirs: FusedMoE, intermediate_size: int) -> None:
         super().__init__()
         self.num_local_experts, self.intermediate_size = theirs.num_local_experts, intermediate_size
         self.tp_rank, self.tp_size = theirs.moe_tp_rank, theirs.moe_tp_size
-        width, hidden = -(-intermediate_size // self.tp_size), theirs.hidden_size
+        width, hidden = intermediate_size // self.tp_size, theirs.hidden_size
         like = {"dtype": theirs.w13_weight.dtype, "device": theirs.w13_weight.device}
         self.w13_weight: Any = nn.Parameter(
             torch.empty(self.num_local_experts, 2 * width, hidden, **like), requires_grad=False
@@ -62,8 +62,10 @@ class ZeroExpertLongcatExperts(nn.Module):
     ) -> None:
         """Copy this rank's part of one expert's gate ("w1") or up ("w3") [I, H] or down ("w2") [H, I] weight.
 
+        A smaller I is filled up with zeros, which changes no output.
+
         Raises:
-            ValueError: for another shard_id or a weight of another shape.
+            ValueError: for another shard_id, another H or a larger I.
         """
         if shard_id not in ("w1", "w2", "w3"):
             raise ValueError(f"{weight_name}: shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r}")
@@ -74,11 +76,12 @@ class ZeroExpertLongcatExperts(nn.Module):
             part, dim = expert.chunk(2)[0 if shard_id == "w1" else 1], 0
         whole = list(part.shape)
         whole[dim] = self.intermediate_size
-        if list(loaded_weight.shape) != whole:
-            raise ValueError(f"{weight_name} must have shape {whole}, got {list(loaded_weight.shape)}")
+        shape = list(loaded_weight.shape)
+        if len(shape) != 2 or shape[1 - dim] != whole[1 - dim] or shape[dim] > whole[dim]:
+            raise ValueError(f"{weight_name} must have shape {whole}, got {shape}")
         # The last ranks may have less than the others, or nothing.
-        start = min(self.tp_rank * part.shape[dim], self.intermediate_size)
-        length = min(part.shape[dim], self.intermediate_size - start)
+        start = min(self.tp_rank * part.shape[dim], shape[dim])
+        length = min(part.shape[dim], shape[dim] - start)
         part.zero_().narrow(dim, 0, length).copy_(loaded_weight.narrow(dim, start, length))
 
 
@@ -123,9 +126,7 @@ class ZeroExpertLongcatMoE(longcat_flash.LongcatFlashMoE):
             self.adds_zero_experts = (experts.moe_tp_rank, experts.moe_ep_rank) == (0, 0)
             their_experts = why_their_experts(experts)
             if their_experts is None:
-                # SGLang for CPUs widens the configuration's I and keeps the checkpoint's under another name.
-                width = getattr(config, "original_moe_intermediate_size", config.moe_intermediate_size)
-                self.experts = ZeroExpertLongcatExperts(experts, width)
+                self.experts = ZeroExpertLongcatExperts(experts, config.moe_intermediate_size)
             else:
                 said = f"routing and zero experts by zemoe, FFN experts by SGLang: {their_experts}"
         if layer_id == 0:
