@@ -174,6 +174,14 @@ def test_replaced_experts_are_refused_before_anything_changes(stock):
     assert type(model.model.layers[0].mlp) is StockMoE
 
 
+def test_another_activation_than_the_configs_is_refused(stock):
+    model = copy.deepcopy(stock)
+    model.model.layers[1].mlp.experts.act_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp: act_fn must be SiLU\w*, got ReLU"):
+        bridge.patch_(model)
+    assert type(model.model.layers[0].mlp) is StockMoE
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

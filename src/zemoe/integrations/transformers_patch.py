@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.activations import ACT2FN
 
 from ..experts import resolve_backend
 from .transformers_layers import (
@@ -148,6 +149,9 @@ def _check_plain(name: str, layer: Any) -> None:
     if "forward" in vars(layer.experts.identity_expert) or isinstance(layer.experts.gate_up_proj, DTensor):
         raise ValueError(f"{name}: the experts are sharded; call apply() before loading instead")
     layer_config(layer.config)
+    activation = type(ACT2FN[layer.config.hidden_act])
+    if type(layer.experts.act_fn) is not activation:
+        raise ValueError(f"{name}: act_fn must be {activation.__name__}, got {type(layer.experts.act_fn).__name__}")
 
 
 def _free_dead_rows(experts: Any) -> int:
