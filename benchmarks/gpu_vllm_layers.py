@@ -136,7 +136,8 @@ def _place(module: nn.Module, name: str, data: Tensor) -> None:
 
 def _row_sums(weight: Tensor) -> Tensor:
     """[E, rows], of the bits, so that rows in another order or at another expert show."""
-    return weight.data.view(torch.int16).sum(-1, dtype=torch.int64)
+    # One expert at a time: torch converts all of what it sums to int64 first.
+    return torch.stack([expert.view(torch.int16).sum(-1, dtype=torch.int64) for expert in weight.data])
 
 
 @support_torch_compile(dynamic_arg_dims={"hidden_states": 0})
