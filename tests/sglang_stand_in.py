@@ -210,7 +210,7 @@ def modules(version: str, ranks: Ranks) -> dict[str, types.ModuleType]:
         "sglang.srt.plugins": {},
         "sglang.srt.plugins.hook_registry": {
             "HookRegistry": registry(),
-            "HookType": SimpleNamespace(REPLACE="replace"),
+            "HookType": SimpleNamespace(REPLACE="replace", AFTER="after"),
         },
         "sglang.srt.models": {},
         "sglang.srt.models.longcat_flash": longcat,
@@ -235,19 +235,32 @@ def modules(version: str, ranks: Ranks) -> dict[str, types.ModuleType]:
 
 
 def registry() -> Any:
-    """What HookRegistry does with a class that replaces another."""
-    hooks: dict[str, type] = {}
+    """What HookRegistry does with a class that replaces another, and with a function to be called after another."""
+    hooks: dict[str, tuple[Any, str]] = {}
 
     def register(target, hook, hook_type="after", *, source=None) -> None:
-        assert hook_type == "replace"
-        hooks[target] = hook
+        hooks[target] = hook, hook_type
 
     def apply_hooks() -> None:
-        for target, hook in hooks.items():
-            module, _, name = target.rpartition(".")
-            setattr(sys.modules[module], name, hook)
+        for target, (hook, hook_type) in hooks.items():
+            owner, _, name = target.rpartition(".")
+            wrapped = hook
+            if hook_type == "after":
+                module, _, cls = owner.rpartition(".")
+                owner = getattr(sys.modules[module], cls)
+                wrapped = called_after(getattr(owner, name), hook)
+            setattr(owner if isinstance(owner, type) else sys.modules[owner], name, wrapped)
 
     return SimpleNamespace(register=register, apply_hooks=apply_hooks, hooks=hooks)
+
+
+def called_after(function: Any, hook: Any) -> Any:
+    def wrapper(*args, **kwargs):
+        result = function(*args, **kwargs)
+        found = hook(result, *args, **kwargs)
+        return result if found is None else found
+
+    return wrapper
 
 
 @contextmanager

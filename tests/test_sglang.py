@@ -135,8 +135,17 @@ def test_signatures(version):
     assert (positional, by_name) == ("(param, loaded_weight, name)", "{'shard_id': shard_id, 'expert_id': expert_id}")
     assert facts["topk output"] == ["topk_weights", "topk_ids", "router_logits"]
     assert facts["register hook"].startswith("cls, target, hook, hook_type=")
-    assert "REPLACE" in facts["hook types"]
-    read = {"experts", "num_experts", "routed_scaling_factor", "router", "top_k", "tp_size", "zero_expert_num"}
+    assert {"REPLACE", "AFTER"} <= set(facts["hook types"])
+    read = {
+        "experts",
+        "layer_id",
+        "num_experts",
+        "routed_scaling_factor",
+        "router",
+        "top_k",
+        "tp_size",
+        "zero_expert_num",
+    }
     assert read | {"zero_expert_type"} <= set(facts["layer attributes"])
     assert {"classifier", "e_score_correction_bias"} <= set(facts["router attributes"])
     read = {"moe_tp_rank", "moe_tp_size", "moe_ep_rank", "moe_ep_size", "hidden_size", "num_local_experts"}
@@ -279,12 +288,17 @@ def test_weights_that_do_not_fit_are_refused(checkpoint):
             load(weight, torch.zeros(I, H), "gate", shard_id="w13", expert_id=0)
 
 
-def test_turned_off(monkeypatch, caplog):
+def test_turned_off(checkpoint, monkeypatch, caplog):
+    """Said once, when a model is built: when plug-ins are called, SGLang's log isn't there yet."""
     caplog.set_level(logging.INFO, "sglang.plugins.zemoe")
     monkeypatch.setenv("ZEMOE_SGLANG", "0")
     with installed(VERSIONS[-1]) as longcat:
         assert longcat.LongcatFlashMoE.__module__ != "zemoe.integrations.sglang_layers"
-    assert "have SGLang's own MoE layers: ZEMOE_SGLANG=0" in caplog.text
+        assert not caplog.records
+        for layer_id in range(2):
+            loaded(longcat, checkpoint, layer_id)
+    (record,) = caplog.records
+    assert record.getMessage() == "zemoe: LongCat-Flash models have SGLang's own MoE layers: ZEMOE_SGLANG=0"
 
 
 # --- SGLang's own source, where `make sglang` has put it

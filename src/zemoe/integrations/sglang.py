@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
@@ -41,7 +42,12 @@ def register() -> None:
     """Have SGLang replace its LongCat-Flash MoE layer by ours when it applies its hooks."""
     reason = why_not(sglang_version, os.environ.get(SWITCH))
     if reason is not None:
-        logger.info("zemoe: LongCat-Flash models have SGLang's own MoE layers: %s", reason)
+        # Said when a model is built: SGLang sets up its log after it has called us, and other models needn't know.
+        def say(_: None, layer: Any, *args: object, **kwargs: object) -> None:
+            if layer.layer_id == 0:
+                logger.info("zemoe: LongCat-Flash models have SGLang's own MoE layers: %s", reason)
+
+        HookRegistry.register(f"{TARGET}.__init__", say, HookType.AFTER)
         return
     from .sglang_layers import ZeroExpertLongcatMoE  # imports SGLang's model, as applying the hook would
 
