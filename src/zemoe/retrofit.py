@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .experts import fused_experts
+from .layer import weighted_experts
 from .routing import Routing, Selector, router_logits
 
 
@@ -57,25 +57,19 @@ class ZeroExpertGate(nn.Module):
 
 
 class ZeroExpertExperts(nn.Module):
-    """A trained block's experts, computed by `fused_experts` where the block gives its rules; mixed in likewise."""
+    """A trained block's experts, for all slots where the block gives its rules; mixed in likewise."""
 
     gate_up_proj: Tensor
     down_proj: Tensor
 
-    def forward(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, rules: MoEConfig | None = None) -> Tensor:
-        """[T, H], the weighted sums over all A slots; without rules what the experts' own class gives."""
-        if rules is None:
-            return super().forward(x_TH, ids_TK, weights_TK)
-        return fused_experts(
-            x_TH,
-            self.gate_up_proj,
-            self.down_proj,
-            weights_TK,
-            ids_TK,
-            num_experts=rules.num_experts,
-            zero_expert_kinds=rules.zero_expert_kinds,
-            activation=rules.activation,
-        )
+    def forward(self, x_TH: Tensor, *choices: Tensor, routing: Routing | None = None, rules: Any = None) -> Tensor:
+        """[T, H], the weighted sums by `routing` over all A slots and the block's `rules`, a MoEConfig.
+
+        Without them what the experts' own class gives for its `choices`.
+        """
+        if routing is None:
+            return super().forward(x_TH, *choices)
+        return weighted_experts(x_TH, routing, self.gate_up_proj, self.down_proj, rules)
 
 
 class ZeroExpertBlock(nn.Module):
@@ -152,8 +146,7 @@ class ZeroExpertBlock(nn.Module):
         if not self.zero_experts_enabled:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.route(x_TH)
-        y_TH = self.experts(x_TH, routing.topk_ids_TK, routing.topk_weights_TK, self.rules)
+        y_TH = self.experts(x_TH, routing=self.route(x_TH), rules=self.rules)
         y = y_TH.view(hidden_states.shape)
         shared_experts = self._modules.get("shared_experts")
         return y if shared_experts is None else y + shared_experts(hidden_states)
