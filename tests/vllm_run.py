@@ -1,8 +1,9 @@
 """Runs of vLLM, one after another, each in a process of its own: `python vllm_run.py REQUEST.json ANSWER`.
 
 The request has "prompts" (lists of token ids) and "runs", each with "model", "dtype", "new_tokens" and "engine"
-(arguments of vllm.LLM). ANSWER.0.json and so on have, of each prompt, all of them asked for at once, the greedy tokens
-and the log-probabilities of the first one's likeliest alternatives.
+(arguments of vllm.LLM). ANSWER.0.json and so on have, of the prompts, all of them asked for at once: "tokens", the
+greedy ones; "first", the log-probabilities of the first one's likeliest alternatives; and how many tokens of drafts
+were "accepted".
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ def answer(run: dict, prompts: list[list[int]], to: str) -> None:
         max_num_seqs=32,
         kv_cache_memory_bytes=1 << 27,
         seed=0,
+        disable_log_stats=False,
         **run["engine"],
     )
     params = SamplingParams(temperature=0, max_tokens=run["new_tokens"], ignore_eos=True, logprobs=10)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = [one.outputs[0] for one in llm.generate(asked, params, use_tqdm=False)]
-    found = [
-        {
-            "tokens": list(output.token_ids),
-            "first": {token: value.logprob for token, value in output.logprobs[0].items()},
-        }
-        for output in outputs
-    ]
+    found = {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "first": [{token: value.logprob for token, value in output.logprobs[0].items()} for output in outputs],
+        "accepted": sum(
+            metric.value for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_accepted_tokens"
+        ),
+    }
     Path(to).write_text(json.dumps(found))
 
 

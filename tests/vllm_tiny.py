@@ -107,6 +107,30 @@ def expected(model: LongcatFlashForCausalLM, asked: list[list[int]], new_tokens:
     return Expected(tokens, margin)
 
 
+def write_draft_checkpoint(folder: Path, model: LongcatFlashForCausalLM) -> Path:
+    """With a layer for multi-token prediction, whose draft of the next token is the token before: seldom right."""
+    write_checkpoint(folder, model)
+    tensors = load_file(folder / "model.safetensors")
+    H, intermediate = SIZES["hidden_size"], SIZES["ffn_hidden_size"]
+    layer = "model.mtp.layers.0."
+    norms = ("enorm.m", "hnorm.m", "input_layernorm", "post_attention_layernorm")
+    draft = {f"{layer}{name}.weight": torch.ones(H) for name in norms}
+    draft |= {
+        f"{layer}eh_proj.weight": torch.cat([torch.zeros(H, H), torch.eye(H)], dim=1),
+        f"{layer}transformer_layer.mlp.gate_proj.weight": torch.zeros(intermediate, H),
+        f"{layer}transformer_layer.mlp.up_proj.weight": torch.zeros(intermediate, H),
+        f"{layer}transformer_layer.mlp.down_proj.weight": torch.zeros(H, intermediate),
+        "model.mtp.norm.weight": torch.ones(H),
+        "model.mtp.embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+    }
+    for name, tensor in tensors.items():
+        if ".layers.0.self_attn.0." in name:
+            filled = 0 if "o_proj" in name else 1 if tensor.ndim == 1 else tensor
+            draft[layer + "self_attn." + name.split(".self_attn.0.")[1]] = torch.zeros_like(tensor) + filled
+    save_file(tensors | draft, folder / "model.safetensors")
+    return folder
+
+
 def fp8_model() -> LongcatFlashForCausalLM:
     """What a checkpoint in FP8 stands for: the experts in FP8 in blocks, all else but the router in bfloat16."""
     model = tiny_model(**FP8_SIZES)
