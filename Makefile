@@ -23,7 +23,7 @@ test: $(READY) test-oldest test-vllm
 	$(PYTEST)
 
 test-oldest: $(READY) $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_transformers*.py tests/test_checkpoint.py tests/test_retrofit.py
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_transformers*.py tests/test_checkpoint*.py tests/test_retrofit.py
 
 # vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
 test-vllm: $(VLLM)/.ready
