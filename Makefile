@@ -29,9 +29,22 @@ test-oldest: $(READY) $(OLDEST)
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm*.py
 
-# SGLang on a CPU, in an environment of its own too. Not part of `test`: setting it up takes minutes.
-test-sglang: $(SGLANG)/.ready
-	PYTHONPATH=tests/sglang_cpu OMP_WAIT_POLICY=passive $(SGLANG)/bin/python -m pytest tests/test_sglang_engine.py
+# SGLang on a CPU, in an environment of its own too. Not part of `test`: setting it up takes minutes. Older versions are
+# laid over the newest, each with the transformers that it pins.
+ON_CPU := $(CURDIR)/tests/sglang_cpu
+ENGINE := OMP_WAIT_POLICY=passive $(SGLANG)/bin/python -m pytest tests/test_sglang_engine.py
+test-sglang: $(SGLANG)/.ready $(SGLANG)/0.5.14 $(SGLANG)/0.5.11
+	PYTHONPATH=$(ON_CPU) $(ENGINE)
+	PYTHONPATH=$(ON_CPU):$(CURDIR)/$(SGLANG)/0.5.14 $(ENGINE)
+	PYTHONPATH=$(ON_CPU):$(CURDIR)/$(SGLANG)/0.5.11 $(ENGINE)
+
+$(SGLANG)/0.5.14: OLDER := transformers==5.8.1
+$(SGLANG)/0.5.11: OLDER := transformers==5.6.0
+$(SGLANG)/0.5.%: $(SGLANG)/.ready
+	rm -rf $@ $@.partial
+	$(SGLANG)/bin/pip --quiet --disable-pip-version-check install --no-deps --target $@.partial \
+		sglang==$(@F) $(OLDER) tokenizers==0.22.2 huggingface_hub==1.9.0
+	mv $@.partial $@
 
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
 # a file: most of the time goes to compiling kernels.

@@ -1,7 +1,7 @@
 """The plug-in for SGLang: what it needs is in SGLang's sources, and its layer computes what the reference does.
 
-SGLang itself is in test_sglang_engine.py. Here its sources are looked at (sglang_facts.json, of three versions), and its
-layer is built from stand-ins (sglang_stand_in.py); after `make sglang` the layer that ours derives from is SGLang's own.
+SGLang itself is in test_sglang_engine.py. Here its sources are looked at (sglang_facts.json, of three versions), and
+its layer is built from stand-ins (sglang_stand_in.py); after `make sglang` the layer that ours derives from is its own.
 """
 
 from __future__ import annotations

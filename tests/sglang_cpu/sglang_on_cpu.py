@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.version import __version__
 
 RECORDED_CALLS = 3
+OLD = tuple(map(int, __version__.split(".")[:3])) <= (0, 5, 14)
 
 
 def register() -> None:
     from sglang.srt.layers.moe import fused_moe_native
+    from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -31,6 +34,14 @@ def register() -> None:
         return fused_moe_native.fused_moe_forward_native(layer, dispatched).hidden_states
 
     fused_moe_native.moe_forward_native = experts
+
+    if OLD:
+        # Up to 0.5.14 LongCat-Flash's rotary embedding can't be YaRN, and that for CPUs can't be anything else.
+        def rotary_embedding(*args: Any, device: object = None, **kwargs: Any) -> Any:
+            return factory.get_rope(*args[:8], **kwargs)
+
+        factory.get_rope_cpu = rotary_embedding
+        torch.cuda.Stream = lambda: None
 
     folder = os.environ.get("SGLANG_ON_CPU_RECORD")
     if folder:
