@@ -39,7 +39,8 @@ def streamed(port: int, prompt: list[int], new_tokens: int, leave_after: int | N
 @contextmanager
 def server(model: Path, log: Path, environment: dict[str, str], engine: dict[str, object]) -> Iterator[int]:
     """The port of a server that is ready; ended with the context. engine: as of sglang.Engine."""
-    port = free_port()
+    # Up to 0.5.14 SGLang takes the port 10000 above, too.
+    port = next(port for port in iter(free_port, None) if port < 55000)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
     for name, value in engine.items():
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
