@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import assert_bitwise, judge, one_thread
+from judge import assert_bitwise, check_selection, judge, one_thread
 from zemoe import reference
-from zemoe.from_logits import moe_from_logits
+from zemoe.from_logits import moe_from_logits, select_from_logits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, WIDTH, E, Z, K, SCALING = 48, 32, 6, 5, 4, 2.5
@@ -60,11 +60,26 @@ def test_values(device: str, identity: bool, count: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operator(device: str) -> None:
-    dtype = dtype_of(device)
-    torch.library.opcheck(
-        torch.ops.zemoe.moe_from_logits.default, (*inputs(device, dtype), *weights(device, dtype), K, SCALING, True)
+@pytest.mark.parametrize("count", [0, 1, 19])
+def test_selection(device: str, count: int) -> None:
+    bias, (_, logits) = weights(device, torch.float32)[0], inputs(device, torch.float32, count)
+    found, ids = select_from_logits(logits, bias, top_k=K, num_experts=E, scaling=SCALING)
+    rules = {"num_experts": E, "zero_expert_kinds": (("identity", Z),), "routed_scaling_factor": SCALING}
+    rules["e_score_correction_bias"] = bias.cpu()
+    check_selection(ids.cpu(), reference.select(logits.cpu(), K, **rules))
+    exact, own = (
+        reference.select(logits.cpu(), K, ids_TK=ids.cpu(), dtype=dtype, **rules).topk_weights_TK
+        for dtype in (torch.float64, torch.float32)
     )
+    judge(found, exact, own)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators(device: str) -> None:
+    dtype, ops = dtype_of(device), torch.ops.zemoe
+    tensors, (x, logits) = weights(device, dtype), inputs(device, dtype)
+    torch.library.opcheck(ops.moe_from_logits.default, (x, logits, *tensors, K, SCALING, True))
+    torch.library.opcheck(ops.select_from_logits.default, (logits, tensors[0], K, E, SCALING))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -158,7 +158,8 @@ class TestOpcheck:
         # tests/test_triton_backward_ops.py, tests/test_triton_route_grad.py
         trained = {"moe_ffn_tiles_train", "moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"}
         trained |= {"router_logits_backward", "select_experts_backward"}
-        for_engines = {from_logits.moe_from_logits.__name__}  # tests/test_from_logits.py
+        # tests/test_from_logits.py
+        for_engines = {op.__name__ for op in (from_logits.moe_from_logits, from_logits.select_from_logits)}
         assert names == tested | on_gpu | trained | for_engines
 
 
