@@ -184,7 +184,7 @@ def test_off(registry, monkeypatch, heard, switch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     before = dict(registry)
     plugin.register()
-    assert registry == before
+    assert before == registry
     assert len(lines(heard)) == 1 and ("ZEMOE_VLLM=0" in lines(heard)[0]) == (switch == "0")
     monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
     plugin.register()
