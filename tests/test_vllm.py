@@ -234,6 +234,28 @@ def test_a_model_that_fails_to_build(monkeypatch, heard):
     assert config.compilation_config.custom_ops == ["all", "-rotary_embedding"]
 
 
+def test_experts_that_dont_fit_leave_the_model_to_vllm(monkeypatch, heard):
+    """Known only while the first layer is built: what was built and noted is forgotten, and one line says why."""
+    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
+    stock, config, built = longcat_flash.LongcatMoe, configuration(quant_config=FP8), []
+    noted = config.compilation_config
+    noted.static_forward_context, noted.static_all_moe_layers = {"before": 0}, ["before"]
+
+    def build():
+        assert list(noted.static_forward_context) == noted.static_all_moe_layers == ["before"]
+        built.append(longcat_flash.LongcatMoe)
+        noted.static_forward_context["layer"] = len(built)
+        noted.static_all_moe_layers.append("layer")
+        if longcat_flash.LongcatMoe is not stock:
+            raise vllm_layers.UnsupportedExpertsError("its experts choose by themselves")
+
+    vllm_models.construct(build, config)
+    assert built == [vllm_layers.ZeroExpertLongcatMoEAroundTheirs, stock]
+    assert noted.static_forward_context == {"before": 0, "layer": 2}
+    assert config.additional_config == {"mine": 1}
+    assert len(lines(heard)) == 1 and "vLLM's own MoE layers: its experts choose by themselves" in lines(heard)[0]
+
+
 def test_one_rank_speaks(monkeypatch, heard):
     monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=False))
     for config in (configuration(), configuration(quant_config=FP8), configuration(lora_config=object())):

@@ -197,13 +197,13 @@ def test_each_rank_adds_the_zero_experts(layer, monkeypatch):
 def test_experts_that_choose_by_themselves_are_refused(monkeypatch):
     """They would take our packed routing for logits."""
     monkeypatch.setattr(cpu_moe.CPUUnquantizedExperts, "is_monolithic", staticmethod(lambda: True))
-    with pytest.raises(ValueError, match=r"UnquantizedFusedMoEMethod .* ZEMOE_VLLM=0"):
+    with pytest.raises(vllm_layers.UnsupportedExpertsError, match=r"themselves \(UnquantizedFusedMoEMethod\)"):
         Layer()
 
 
 def test_a_missing_kernel_is_named(monkeypatch):
     monkeypatch.setattr(cpu_moe.CPUExpertsFp8, "_supports_current_device", staticmethod(lambda: False))
-    with pytest.raises(ValueError, match=r"no kernel for the model's experts here \(Fp8MoEMethod\)"):
+    with pytest.raises(vllm_layers.UnsupportedExpertsError, match=r"no experts for it here \(Fp8MoEMethod\)"):
         Layer(fp8=True, dtype=torch.bfloat16)
 
 

@@ -59,6 +59,10 @@ FACTS = {
         r"def register_model\(\s*self,\s*model_arch: str,",
     ),
     "model_executor/utils.py": (r"def set_weight_attrs\(",),
+    "config/compilation.py": (
+        r"    static_forward_context: dict\[str, Any\] = ",
+        r"    static_all_moe_layers: list\[str\] = ",
+    ),
     "model_executor/layers/rotary_embedding/base.py": (r'@CustomOp\.register\("rotary_embedding"\)',),
     "distributed/parallel_state.py": (
         r"def get_world_group\(",

@@ -156,12 +156,19 @@ def _unpacked(hidden_states: Tensor, gating_output: Tensor, topk: int, renormali
     return gating_output[:, :topk].contiguous(), gating_output[:, topk:].to(torch.int32)
 
 
+class UnsupportedExpertsError(Exception):
+    """What vLLM has made for a model's FFN experts can't take a routing of ours; the message says why."""
+
+
 class ZeroExpertLongcatMoEAroundTheirs(nn.Module):
     """Stands in for vLLM's LongcatMoe where vLLM's own experts compute: quantised ones, or experts spread over ranks.
 
     The same arguments and checkpoint names. Routing and zero experts are ours, and nothing is kept between calls: the
     routing goes to vLLM's experts in the place of router logits. Their output is complete for this rank's tokens, so
     every rank adds the zero experts' part of its tokens to it.
+
+    Raises:
+        UnsupportedExpertsError: where vLLM's experts choose by themselves, or there are none for this device.
     """
 
     def __init__(
@@ -195,12 +202,9 @@ class ZeroExpertLongcatMoEAroundTheirs(nn.Module):
         )
         method: Any = self.experts.routed_experts.quant_method
         if getattr(method, "experts_cls", method) is None:
-            raise ValueError(f"this vLLM has no kernel for the model's experts here ({type(method).__name__})")
+            raise UnsupportedExpertsError(f"there are no experts for it here ({type(method).__name__})")
         if method.is_monolithic:
-            raise ValueError(
-                f"{type(method).__name__} of this vLLM chooses experts by itself and knows no zero experts; "
-                "ZEMOE_VLLM=0 leaves the model to vLLM"
-            )
+            raise UnsupportedExpertsError(f"its experts choose by themselves ({type(method).__name__})")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; the same shape and dtype out."""

@@ -7,8 +7,9 @@ All MoE layers of a model are of one kind, and `moe_layers` looks at the whole c
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from vllm.platforms import current_platform
 from .. import __version__
 from ..experts import resolve_backend
 from .vllm import logger
-from .vllm_layers import ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs
+from .vllm_layers import UnsupportedExpertsError, ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _ROTARY = "rotary_embedding"
@@ -93,17 +94,7 @@ def moe_layers(vllm_config: Any) -> Iterator[None]:
         yield
         return
     reason = why_their_experts(vllm_config)
-    if reason is not None:
-        ours = ZeroExpertLongcatMoEAroundTheirs
-        _say("MoE layers with routing and zero experts by zemoe, FFN experts by vLLM: %s", reason)
-    else:
-        ours = ZeroExpertLongcatMoE
-        _say(
-            "zemoe's MoE layers: unquantised %s, tensor parallel %d, backend %r",
-            vllm_config.model_config.dtype,
-            vllm_config.parallel_config.tensor_parallel_size,
-            _backend(vllm_config),
-        )
+    ours = ZeroExpertLongcatMoE if reason is None else ZeroExpertLongcatMoEAroundTheirs
     _keep_apart_when_compiled(vllm_config)
     _mend_rotary_embedding(vllm_config)
     stock = longcat_flash.LongcatMoe
@@ -112,6 +103,38 @@ def moe_layers(vllm_config: Any) -> Iterator[None]:
         yield
     finally:
         longcat_flash.LongcatMoe = stock
+    if reason is not None:
+        _say("MoE layers with routing and zero experts by zemoe, FFN experts by vLLM: %s", reason)
+    else:
+        _say(
+            "zemoe's MoE layers: unquantised %s, tensor parallel %d, backend %r",
+            vllm_config.model_config.dtype,
+            vllm_config.parallel_config.tensor_parallel_size,
+            _backend(vllm_config),
+        )
+
+
+def construct(build: Callable[[], None], vllm_config: Any) -> None:
+    """Run a model's constructor in `moe_layers`, and once more without, where vLLM's experts turn out not to fit.
+
+    Which experts vLLM makes is known only when it has made the first layer's; they are forgotten then, with all that
+    vLLM has noted of them.
+    """
+    compilation, additional = vllm_config.compilation_config, vllm_config.additional_config
+    layers, moe_layer_names = dict(compilation.static_forward_context), list(compilation.static_all_moe_layers)
+    try:
+        with moe_layers(vllm_config):
+            build()
+        return
+    except UnsupportedExpertsError as error:
+        reason = str(error)
+    vllm_config.additional_config = additional
+    compilation.static_forward_context.clear()
+    compilation.static_forward_context.update(layers)
+    compilation.static_all_moe_layers[:] = moe_layer_names
+    gc.collect()  # a layer's memory: parameters and their loaders refer to each other
+    _say("vLLM's own MoE layers: %s", reason)
+    build()
 
 
 def _say(what: str, *values: Any) -> None:
@@ -151,8 +174,8 @@ class ZeroExpertLongcatFlashForCausalLM(LongcatFlashForCausalLM):
     """LongCat-Flash."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        with moe_layers(vllm_config):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        build = super().__init__
+        construct(lambda: build(vllm_config=vllm_config, prefix=prefix), vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(_loadable(self, weights))
@@ -162,8 +185,8 @@ class ZeroExpertLongcatFlashNgramForCausalLM(LongcatFlashNgramForCausalLM):
     """LongCat-Flash-Lite, with n-gram embeddings."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        with moe_layers(vllm_config):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        build = super().__init__
+        construct(lambda: build(vllm_config=vllm_config, prefix=prefix), vllm_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return super().load_weights(_loadable(self, weights))
