@@ -11,7 +11,7 @@ SGLANG := .venv-sglang
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-vllm test-sglang test-gpu sglang bench check clean
+.PHONY: run environments test test-oldest test-vllm vllm-minors test-sglang test-gpu sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -28,6 +28,15 @@ test-oldest: $(READY) $(OLDEST)
 # vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/test_vllm*.py
+
+# Reads vLLM's wheels, of each minor version that docs/vllm.md names, without installing them.
+MINORS := 0.26.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+vllm-minors: $(READY)
+	set -e; for version in $(MINORS); do \
+		rm -rf $(VENV)/vllm-wheel; \
+		$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/vllm-wheel vllm==$$version; \
+		$(BIN)/python tests/vllm_minors.py $(VENV)/vllm-wheel/*.whl; done
+	rm -r $(VENV)/vllm-wheel
 
 # SGLang on a CPU, in an environment of its own too. Not part of `test`: setting it up takes minutes. Older versions are
 # laid over the newest, each with the transformers that it pins.

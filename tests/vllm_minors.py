@@ -1,8 +1,8 @@
 """What the plug-in leans on, in the sources of several vLLM versions, which are read and not run.
 
-    python tests/vllm_minors.py FOLDER...   # each with a vllm package, as unzipped from a wheel
+    python tests/vllm_minors.py SOURCE...   # wheels, or folders with a vllm package; `make vllm-minors` fetches them
 
-Prints a line a folder; exits with 1 where something is missing.
+Prints a line a source; exits with 1 where something is missing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 ARGUMENTS = ["self", "config", "num_experts", "top_k", "hidden_size", "intermediate_size"]
@@ -85,7 +86,7 @@ FACTS = {
 }
 
 
-def missing(folder: Path) -> list[str]:
+def missing(folder: Path | zipfile.Path) -> list[str]:
     """What the plug-in needs and this version does not have."""
     found = []
     for name, patterns in FACTS.items():
@@ -110,15 +111,15 @@ def missing(folder: Path) -> list[str]:
     return found
 
 
-def _named(path: Path, *names: str) -> ast.ClassDef | ast.FunctionDef:
+def _named(path: Path | zipfile.Path, *names: str) -> ast.ClassDef | ast.FunctionDef:
     return next(node for node in ast.parse(path.read_text(encoding="utf-8")).body if getattr(node, "name", "") in names)
 
 
 def main() -> int:
     wrong = 0
-    for folder in map(Path, sys.argv[1:]):
-        lacking = missing(folder)
-        print(folder.name, lacking or "has all that the plug-in needs")
+    for source in sys.argv[1:]:
+        lacking = missing(zipfile.Path(source) if source.endswith(".whl") else Path(source))
+        print(Path(source).name, lacking or "has all that the plug-in needs")
         wrong += bool(lacking)
     return int(wrong > 0 or len(sys.argv) < 2)
 
