@@ -15,6 +15,7 @@ from .balance import (
     zeda_balance_loss,
 )
 from .config import MoEConfig
+from .controller import BudgetController
 from .experts import fused_experts, resolve_backend
 from .fused_moe import FusedMoE, ZeroExpertFusedMoE
 from .layer import MoE, SharedExperts
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AffineParams",
     "BiasTrajectory",
+    "BudgetController",
     "FusedMoE",
     "MoE",
     "MoEConfig",

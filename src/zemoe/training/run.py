@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..balance import longcat_balance_loss, update_longcat_bias_
+from ..balance import longcat_balance_loss
+from ..controller import BudgetController
 from ..doctor import device_name, versions
 from ..routing import observe
 from ..statistics import RoutingTally
@@ -117,6 +118,7 @@ class Trainer:
             if name.endswith(".e_score_correction_bias")
         }
         self.tally = RoutingTally(self.E)
+        self.controller = BudgetController(self.E, self.K_e, train.bias_rate)
         self.rows = Rows(self.corpus.train, settings.data.context, train.seed)
         self.dtype = torch.float32
         if train.dtype == "bfloat16" or (train.dtype == "auto" and processes.device.type == "cuda"):
@@ -167,18 +169,12 @@ class Trainer:
                     ((lm_loss + train.balance * balance) / train.accumulate).backward()
                 losses += torch.stack([lm_loss.detach(), balance.detach()]) / train.accumulate
                 self.tally.add(seen)
+                self.controller.add(seen, self.routers)
         norm = self.optimizer.step(step)
         self.unread.append(torch.stack([*losses, norm]))
         self.tally.all_reduce_()
-        for layer, counts_A in self.tally.counts.items():
-            update_longcat_bias_(
-                self.routers[layer],
-                counts_A,
-                num_experts=self.E,
-                top_k=self.K,
-                ffn_experts_per_token=self.K_e,
-                rate=train.bias_rate * rate(train, step),
-            )
+        self.controller.all_reduce_()
+        self.controller.update_(self.routers)
         self.progress.step += 1
 
     def _read_losses(self) -> float:

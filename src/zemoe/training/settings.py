@@ -68,8 +68,9 @@ class TrainSettings:
 
     rows: of `context` tokens in a step, over all processes and micro-batches; accumulate: micro-batches a step.
     ffn_experts: K_e, FFN experts a token wanted, 0 for two thirds of K. balance: coefficient of the balance loss.
-    bias_rate: of the controller at the peak of the learning rate, which it follows. dtype: what products are computed
-    in, "auto" is bfloat16 on a GPU; weights are float32. checkpoint_activations: compute layers again in backward.
+    bias_rate: the share of the way to K_e that a step moves the selection bias, 0 to 1 (`zemoe.BudgetController`).
+    dtype: what products are computed in, "auto" is bfloat16 on a GPU; weights are float32. checkpoint_activations:
+    compute layers again in backward.
     """
 
     steps: int = 1000
@@ -82,7 +83,7 @@ class TrainSettings:
     clip: float = 1.0
     ffn_experts: float = 0.0
     balance: float = 1e-3
-    bias_rate: float = 0.2
+    bias_rate: float = 0.5
     seed: int = 0
     dtype: str = "auto"
     checkpoint_activations: bool = False
@@ -131,14 +132,15 @@ class Settings:
         least |= {"run.keep": 1, "model.zero_expert_num": 0}
         sizes = [f"model.{f.name}" for f in fields(ModelSettings) if f.type == "int"]
         least = dict.fromkeys(sizes, 1) | least
-        least |= dict.fromkeys((f"train.{key}" for key in ("weight_decay", "balance", "bias_rate", "ffn_experts")), 0)
+        least |= dict.fromkeys((f"train.{key}" for key in ("weight_decay", "balance", "ffn_experts")), 0)
         for key, minimum in least.items():
             value = self.get(key)
             _require(minimum <= value < math.inf, key, f"at least {minimum}", value)
         for key in ("train.learning_rate", "train.clip"):
             _require(0 < self.get(key) < math.inf, key, "above 0", self.get(key))
         _require(train.rows % train.accumulate == 0, "train.rows", f"a multiple of {train.accumulate=}", train.rows)
-        _require(0 <= train.final_rate <= 1, "train.final_rate", "between 0 and 1", train.final_rate)
+        for key in ("train.final_rate", "train.bias_rate"):
+            _require(0 <= self.get(key) <= 1, key, "between 0 and 1", self.get(key))
         _require(0 < data.heldout < 1, "data.heldout", "between 0 and 1", data.heldout)
         _require(bool(data.paths), "data.paths", "at least one text file or folder (--data)", [])
         choices = {"train.dtype": DTYPES, "run.parallel": PARALLEL, "run.layout": LAYOUTS}
