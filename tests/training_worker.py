@@ -40,7 +40,7 @@ SIZES = {
     "moe_topk": 3,
     "routed_scaling_factor": 2.0,
 }
-TRAIN = {"steps": 12, "rows": 4, "warmup": 3, "learning_rate": 1e-2, "bias_rate": 0.02}
+TRAIN = {"steps": 12, "rows": 4, "warmup": 3, "learning_rate": 1e-2}
 RUN = {"device": "cpu", "log_every": 1, "eval_every": 6, "save_every": 4}
 
 
