@@ -15,6 +15,7 @@ import transformers_shared
 import zemoe.integrations.transformers as bridge
 from transformers_shared import TOLERANCE, greedy, logits_of
 from transformers_tiny import tiny_ids, tiny_model
+from zemoe.integrations.transformers_cache import CACHE
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was
@@ -54,10 +55,10 @@ def test_static_and_quantized_caches(stock, ours, ids):
     def quantized() -> Cache:
         return Cache(layers=[Int8Layer(residual_length=2) for _ in range(4)])  # two attentions a layer
 
-    rounded = greedy(stock, ids, past_key_values=quantized())
-    assert torch.equal(greedy(ours, ids, past_key_values=quantized()), rounded)
+    rounded = greedy(stock, ids, **{CACHE: quantized()})
+    assert torch.equal(greedy(ours, ids, **{CACHE: quantized()}), rounded)
     layer = quantized()
-    ours.generate(ids, max_new_tokens=3, past_key_values=layer, pad_token_id=0)
+    ours.generate(ids, max_new_tokens=3, **{CACHE: layer}, pad_token_id=0)
     assert layer.layers[0]._quantized_keys[0].dtype == torch.int8
 
 
@@ -73,14 +74,22 @@ def test_continuous_batching():
     prompts = [torch.randint(3, 96, (length,), generator=generator).tolist() for length in (3, 17, 9, 1, 12, 6)]
     alone = [greedy(stock, torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
     ours.config.head_dim = 16  # after its rotary frequencies are made
-    results = ours.generate_batch(
-        inputs=prompts,
-        generation_config=GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(
-            max_batch_tokens=16, num_blocks=64, max_memory_percent=0.01
-        ),
-    )
-    assert [result.generated_tokens for result in results.values()] == alone
+
+    def together(model: LongcatFlashForCausalLM) -> list[list[int]]:
+        results = model.generate_batch(
+            inputs=prompts,
+            generation_config=GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                max_batch_tokens=16, num_blocks=64, max_memory_percent=0.01
+            ),
+        )
+        return [result.generated_tokens for result in results.values()]
+
+    if CACHE == "cache":  # from 5.24 on
+        stock.config.head_dim = 16
+        assert together(stock) == [[]] * len(prompts)
+        pytest.skip("the pages of this transformers don't fit LongCat's compressed keys, with its own layers either")
+    assert together(ours) == alone
 
 
 # --- torch.export

@@ -5,6 +5,8 @@ T tokens, H hidden size, I expert width, E FFN experts, A = E + 4 slots, V vocab
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import zemoe
 from zemoe.checkpoint import INDEX_NAME, CheckpointError
+from zemoe.integrations.transformers_cache import CACHE
 from zemoe.integrations.transformers_moepp import load_moepp, save_moepp
 from zemoe.integrations.transformers_moepp_model import MoEPlusPlusForCausalLM
 
@@ -340,11 +344,44 @@ def test_a_text_in_two_pieces_gives_the_same_logits(tmp_path):
     with torch.no_grad():
         whole, start = model(ids).logits, model(ids[:, :5], use_cache=True)
         embedded = model.get_input_embeddings()(ids[:, 5:])
-        rest = model(inputs_embeds=embedded, past_key_values=start.past_key_values).logits
+        rest = model(inputs_embeds=embedded, **{CACHE: start[CACHE]}).logits
     torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, atol=1e-4, rtol=1e-4)
     for inputs in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             model(**inputs)
+
+
+def test_continuous_batching_gives_the_same_tokens(tmp_path):
+    """Its pages reach attention under names of their own, `cache` among them, whatever a cache is called otherwise."""
+    written(tmp_path, head_dim=D)
+    model, prompts = load_moepp(tmp_path), [tokens(1, length)[0].tolist() for length in (5, 2, 7)]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    alone = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
+    pages = ContinuousBatchingConfig(max_batch_tokens=16, num_blocks=64, max_memory_percent=0.01)
+    found = model.generate_batch(
+        prompts, generation_config=GenerationConfig(**options), continuous_batching_config=pages
+    )
+    assert [made.generated_tokens for made in found.values()] == alone
+
+
+@torch.no_grad()
+def test_a_keyword_that_nothing_reads_is_refused(tmp_path):
+    """transformers' own models take any keyword, and a cache under another version's name is then no cache at all."""
+    written(tmp_path)
+    model, ids = load_moepp(tmp_path), tokens(1, 5)
+    for keyword in ("caches", "past_key_value", "token_type_ids"):
+        for called in (model, model.model):
+            with pytest.raises(TypeError, match=f"MoEPlusPlusModel got keywords that it does not read: {keyword}; "):
+                called(ids, **{keyword: None})
+    for called in (model, model.model):
+        start = called(ids[:, :3], use_cache=True)
+        for name in ("cache", "past_key_values"):
+            with contextlib.suppress(TypeError) if name != CACHE else contextlib.nullcontext():
+                # If it is taken, under this version's name or as transformers translates it, it is read.
+                rest = called(ids[:, 3:], **{name: copy.deepcopy(start[CACHE])})
+                torch.testing.assert_close(rest[0], called(ids)[0][:, 3:], atol=1e-4, rtol=1e-4)
+    options = {"num_items_in_batch": torch.tensor(2), "output_attentions": False, "shift_labels": ids}
+    assert model(ids, labels=ids, **options).loss.isfinite()
 
 
 def test_activation_checkpoints_change_no_gradient(tmp_path):

@@ -110,6 +110,8 @@ def generate(
     Raises:
         ValueError: if the model's logits are not finite.
     """
+    from .integrations.transformers_cache import CACHE
+
     config = model.config
     ends = model.generation_config.eos_token_id if model.generation_config is not None else config.eos_token_id
     ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -123,8 +125,8 @@ def generate(
             nonlocal cache
             seen.clear()
             inputs = torch.tensor([ids], device=model.device)
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+            cache = out[CACHE]
             return _tokens(ids, seen, config.n_routed_experts), draw(out.logits[0, -1], sampling, generator)
 
         start = time.perf_counter()

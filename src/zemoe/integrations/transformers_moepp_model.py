@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel, initialization
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -26,6 +26,7 @@ from ..affine import AffineParams
 from ..config import MoEConfig
 from ..layer import weighted_experts
 from ..routing import Routing, Selector, router_logits
+from .transformers_cache import CACHE, refuse_unknown
 
 # Fixed in the published code, whatever the config.
 TOP_K = 2
@@ -223,37 +224,45 @@ class MoEPlusPlusModel(MoEPlusPlusPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Arguments and result are LlamaModel's."""
+        """Arguments and result are LlamaModel's; its cache goes by the name that this transformers gives it.
+
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, TypeError for keywords that
+        nothing reads.
+        """
+        cache = kwargs.pop(CACHE, None)
+        refuse_unknown("MoEPlusPlusModel", kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
+        past: dict[str, Any] = {CACHE: cache}
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **past,
+        )
         attention = {
-            "attention_mask": create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            ),
+            "attention_mask": mask,
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "use_cache": use_cache,
+            **past,
         }
         logits_TA = None
         for layer in self.layers:
             hidden_states, logits_TA = layer(hidden_states, logits_TA, **attention, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **past)
 
 
 class MoEPlusPlusForCausalLM(MoEPlusPlusPreTrainedModel, LlamaForCausalLM):
