@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "parallel": {"routing", "plan"},
     "balance": {"config", "routing", "scores"},
     "statistics": {"config", "routing", "balance"},
-    "retrofit": {"config", "routing", "layer"},
+    "retrofit": {"config", "routing", "experts", "layer"},
     "checkpoint": {"weight_files"},
     "weight_files": set(),
     "measure": set(),

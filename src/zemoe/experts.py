@@ -310,6 +310,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+def unflatten(y_TH: Tensor, shape: torch.Size) -> Tensor:
+    """The rows of a layer as `shape` [..., H], without a copy and yet no view.
+
+    Callers add to a layer's output in place. If it were a view, what FSDP hangs on it would be lost then, and with it
+    the reduction of the gradients.
+    """
+    return y_TH if len(shape) == 2 else torch.ops.aten._unsafe_view(y_TH, shape)
+
+
 def moe_ffn(
     x_TH: Tensor,
     topk_weights_TK: Tensor,
@@ -420,7 +429,7 @@ def fused_experts(
         _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1], leaves=leaves)
     whole = chosen.train if trained else chosen.infer
     if whole is not None:
-        return whole(call).view(hidden_states.shape)
+        return unflatten(whole(call), hidden_states.shape)
     plan = make_plan(topk_ids, num_experts, num_slots)
     y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, _affine(call), activation=activation, backend=chosen.name)
-    return y_TH.view(hidden_states.shape)
+    return unflatten(y_TH, hidden_states.shape)

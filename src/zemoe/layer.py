@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
 from .config import MoEConfig
-from .experts import check_backend, fused_experts, moe_activation
+from .experts import check_backend, fused_experts, moe_activation, unflatten
 from .routing import Router, Routing
 
 
@@ -220,5 +220,5 @@ class MoE(nn.Module):
         )
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)
-        y = y_TH.view(hidden_states.shape)
+        y = unflatten(y_TH, hidden_states.shape)
         return (y, routing) if return_routing else y

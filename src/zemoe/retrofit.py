@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoEConfig
+from .experts import unflatten
 from .layer import weighted_experts
 from .routing import Routing, Selector, router_logits
 
@@ -147,7 +148,7 @@ class ZeroExpertBlock(nn.Module):
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         y_TH = self.experts(x_TH, routing=self.route(x_TH), rules=self.rules)
-        y = y_TH.view(hidden_states.shape)
+        y = unflatten(y_TH, hidden_states.shape)
         shared_experts = self._modules.get("shared_experts")
         return y if shared_experts is None else y + shared_experts(hidden_states)
 

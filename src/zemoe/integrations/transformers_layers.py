@@ -23,7 +23,7 @@ except ImportError as error:
 
 from ..checkpoint import check_config
 from ..config import MoEConfig
-from ..experts import fused_experts
+from ..experts import fused_experts, unflatten
 from ..routing import Routing, RoutingModule, router_logits, select_experts
 
 StockExperts = modeling.LongcatFlashExperts
@@ -189,8 +189,8 @@ class ZeroExpertLongcatMoE(StockMoE):
         _, topk_weights, topk_ids = self.router(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         if getattr(self._own_experts(), "_is_expert_parallel", False):
-            return self._across_ranks(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
-        return self.experts(x_TH, topk_ids, topk_weights).view(hidden_states.shape)
+            return unflatten(self._across_ranks(x_TH, topk_ids, topk_weights), hidden_states.shape)
+        return unflatten(self.experts(x_TH, topk_ids, topk_weights), hidden_states.shape)
 
     def _own_experts(self) -> Any:
         """The experts themselves: PEFT may have wrapped them in a module without their attributes."""

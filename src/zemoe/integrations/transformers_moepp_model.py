@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..affine import AffineParams
 from ..config import MoEConfig
+from ..experts import unflatten
 from ..layer import weighted_experts
 from ..routing import Routing, Selector, router_logits
 from .transformers_cache import CACHE, refuse_unknown
@@ -169,7 +170,7 @@ class MoEPlusPlusBlock(nn.Module):
         logits_TA = self.gate(x_TH, prev_logits_TA)
         # Twice x is exact in every dtype, and what experts make of it isn't twice what they make of x.
         y_TH = self.experts(x_TH * self.input_factor, self.route(logits_TA))
-        return y_TH.view(hidden_states.shape), logits_TA
+        return unflatten(y_TH, hidden_states.shape), logits_TA
 
 
 class MoEPlusPlusDecoderLayer(GradientCheckpointingLayer):
