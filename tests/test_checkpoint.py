@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / checkpoint.INDEX_NAME).write_text(json.dumps(index))
     return folder
 
@@ -137,14 +138,14 @@ def cut(keep: int) -> Callable[[Path], None]:
     return edit
 
 
-def edit_header(**changes: object) -> Callable[[Path], None]:
-    """Change what the header says of EXPERT, and nothing else."""
+def edit_header(tensor: str = EXPERT, **changes: object) -> Callable[[Path], None]:
+    """Change what the header says of one tensor, and nothing else."""
 
     def edit(folder: Path) -> None:
         raw = (folder / "model.safetensors").read_bytes()
         end = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:end])
-        header[EXPERT] = {key: value for key, value in (header[EXPERT] | changes).items() if value != "absent"}
+        header[tensor] = {key: value for key, value in (header[tensor] | changes).items() if value != "absent"}
         changed = json.dumps(header, separators=(",", ":")).encode()
         (folder / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + raw[end:])
 
@@ -163,6 +164,26 @@ def replace_by_pickle(name: str, protocol: int | None) -> Callable[[Path], None]
     return edit
 
 
+def edit_text(name: str, old: bytes, new: bytes, count: int = -1) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes().replace(old, new, count))
+
+
+def put_in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return edit
+
+
+def to_zero(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+NESTED: list = []
+for _ in range(500):
+    NESTED = [NESTED]
+
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "no such file"]),
     "config cut short": (lambda f: (f / "config.json").write_text('{"model_type": "longcat'), ["config.json", "JSON"]),
@@ -176,7 +197,27 @@ DAMAGE = {
     "too many choices": (edit_config(moe_topk=9), ["moe_topk", "8", "9"]),
     "odd rotary size": (edit_config(qk_rope_head_dim=7), ["qk_rope_head_dim", "even"]),
     "other head size": (edit_config(qk_head_dim=17), ["qk_head_dim", "16"]),
-    "infinite scale": (edit_config(routed_scaling_factor=float("inf")), ["routed_scaling_factor", "finite"]),
+    "infinite scale": (edit_config(routed_scaling_factor=float("inf")), ["config.json", "Infinity is no JSON"]),
+    "scale beyond every float": (edit_text("config.json", b": 1.5", b": 1e999"), ["routed_scaling_factor", "finite"]),
+    "byte order mark": (edit_text("config.json", b"{", b"\xef\xbb\xbf{", 1), ["config.json", "byte order mark"]),
+    "a key twice": (
+        edit_text("config.json", b"{", b'{"hidden_size": 8, ', 1),
+        ["config.json", "'hidden_size' is there twice"],
+    ),
+    "nested": (edit_config(text=NESTED), ["config.json", "nested more than 64 deep"]),
+    "nested beyond the parser": (
+        lambda f: (f / "config.json").write_text("[" * 100_000 + "]" * 100_000),
+        ["config.json", "nested more than 64 deep"],
+    ),
+    "config is a pipe": (put_in_place("config.json", os.mkfifo), ["config.json", "a pipe, not a regular file"]),
+    "config without an end": (put_in_place("config.json", to_zero), ["config.json", "a device, not a regular file"]),
+    "config is a folder": (put_in_place("config.json", Path.mkdir), ["config.json", "a folder, not a regular file"]),
+    "config of 40 MB": (
+        lambda f: (f / "config.json").write_bytes(b" " * 40_000_000),
+        ["config.json", "more than 33,554,432 bytes"],
+    ),
+    "weights are a pipe": (put_in_place("model.safetensors", os.mkfifo), ["model.safetensors", "a pipe"]),
+    "weights without an end": (put_in_place("model.safetensors", to_zero), ["model.safetensors", "a device"]),
     "zero experts of another kind": (edit_config(zero_expert_type="drop"), ["zero_expert_type", "identity", "drop"]),
     "router bias": (edit_config(router_bias=True), ["router_bias"]),
     "unscaled attention": (edit_config(mla_scale_q_lora=False), ["mla_scale_q_lora"]),
@@ -218,6 +259,10 @@ DAMAGE = {
     ),
     "header with unknown dtype": (edit_header(dtype="F3"), [EXPERT, "unknown dtype 'F3'"]),
     "header with a negative size": (edit_header(shape=[-24, -32]), [EXPERT, "[-24, -32]"]),
+    "header whose dtype is a list": (edit_header(dtype=["BF16"]), [EXPERT, "unknown dtype ['BF16']"]),
+    "header where two tensors share bytes": (edit_header(data_offsets=[0, 1536]), ["tensor ", "those"]),
+    "header nested": (edit_header(more=NESTED), ["model.safetensors", "nested more than 64 deep"]),
+    "header with numbers for metadata": (edit_header("__metadata__", format=1), ["__metadata__", "strings"]),
     "header without offsets": (edit_header(data_offsets="absent"), [EXPERT, "data_offsets None"]),
     "header with offsets of text": (edit_header(data_offsets=["0", "1"]), [EXPERT, "data_offsets"]),
     "header with offsets before the data": (edit_header(data_offsets=[-1536, 0]), [EXPERT, "-1536"]),
@@ -244,7 +289,7 @@ def test_damage_is_named_and_nothing_runs(tmp_path, damage):
         verify(tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
-    assert "\n" not in message
+    assert len(message) <= 500 and message.isprintable()
     for word in words:
         assert any(option in message for option in word.split("|")), message
     assert not (tmp_path / "executed").exists()
@@ -272,9 +317,11 @@ SHARD_DAMAGE = {
     ),
     "index cut short": (lambda f: (f / checkpoint.INDEX_NAME).write_text('{"weight'), [checkpoint.INDEX_NAME, "JSON"]),
     "index without a map": (
-        lambda f: (f / checkpoint.INDEX_NAME).write_text("{}"),
+        edit_index(lambda i: i.pop("weight_map")),
         [checkpoint.INDEX_NAME, "weight_map"],
     ),
+    "index without metadata": (edit_index(lambda i: i.pop("metadata")), [checkpoint.INDEX_NAME, "metadata"]),
+    "index whose metadata is a list": (edit_index(lambda i: i.update(metadata=[])), ["index.json", "metadata"]),
     "tensor not in the index": (edit_index(lambda i: i["weight_map"].pop(EXPERT)), [EXPERT, checkpoint.INDEX_NAME]),
     "index promises too much": (
         edit_index(lambda i: i["weight_map"].update(more="model-00001-of-00002.safetensors")),

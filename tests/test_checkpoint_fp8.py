@@ -134,9 +134,10 @@ def changed(folder: Path, target: Path, file: int, change) -> Path:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-    index = json.loads((target / INDEX_NAME).read_text())["weight_map"]
+    content = json.loads((target / INDEX_NAME).read_text())
+    index = content["weight_map"]
     index = {name: where for name, where in index.items() if where != path.name} | dict.fromkeys(tensors, path.name)
-    (target / INDEX_NAME).write_text(json.dumps({"weight_map": index}))
+    (target / INDEX_NAME).write_text(json.dumps(content | {"weight_map": index}))
     return target
 
 

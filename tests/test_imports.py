@@ -28,8 +28,11 @@ MAY_IMPORT = {
     "balance": {"config", "routing", "scores"},
     "statistics": {"config", "routing", "balance"},
     "retrofit": {"config", "routing", "experts", "layer"},
-    "checkpoint": {"weight_files"},
-    "weight_files": set(),
+    "checkpoint": {"weight_files", "regular_files"},
+    "weight_files": {"messages", "regular_files"},
+    "tokenizer_files": {"regular_files"},
+    "messages": set(),
+    "regular_files": set(),
     "measure": set(),
     "fused_moe": {"config", "scores", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
     "layer": {"config", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
@@ -37,6 +40,9 @@ MAY_IMPORT = {
 # Third-party packages that may be imported at the top of a module; torch is the only dependency of `import zemoe`.
 TOP_LEVEL = {
     "config": set(),
+    "messages": set(),
+    "regular_files": set(),
+    "tokenizer_files": set(),
     "checkpoint": {"torch", "safetensors"},
     "weight_files": {"torch", "safetensors"},
     "measure": {"torch", "safetensors"},

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from .regular_files import kind_of
 from .weight_files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -35,6 +35,7 @@ from .weight_files import (
     CheckpointError,
     TensorInfo,
     load_json,
+    open_tensors,
     read_tensors,
     save_tensors,
 )
@@ -129,8 +130,8 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The checked config.json of a checkpoint folder. Raises CheckpointError."""
     folder = Path(folder)
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "missing"
+    if (kind := kind_of(folder)) != "a folder":
+        kind = "missing" if kind == "nothing" else kind
         raise CheckpointError(f"{folder}: {kind}, expected a checkpoint folder with config.json and *.safetensors")
     config = load_json(folder / "config.json")
     check_config(config, str(folder / "config.json"))
@@ -256,7 +257,7 @@ def stream(checkpoint: str | Path | Manifest) -> Iterator[tuple[str, Tensor]]:
     """
     manifest = checkpoint if isinstance(checkpoint, Manifest) else verify(checkpoint)
     for file in manifest.files:
-        with safe_open(manifest.folder / file, framework="pt") as tensors:
+        with open_tensors(manifest.folder / file) as tensors:
             for name, info in manifest.tensors.items():
                 if info.file == file:
                     yield name, tensors.get_tensor(name)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import Manifest, check_config, check_tensors, save_original_layout, stream
-from .weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, read_tensors
+from .weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
 
 SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
@@ -110,7 +109,7 @@ def stream_dequantized(
         files.setdefault(info.file, []).append(name)
     factors = {}
     for file, names in files.items():
-        with safe_open(manifest.weights.folder / file, framework="pt") as tensors:
+        with open_tensors(manifest.weights.folder / file) as tensors:
             factors |= {name: tensors.get_tensor(name + SUFFIX) for name in names}
     for name, tensor in stream(manifest.weights):
         scale = factors.get(name)

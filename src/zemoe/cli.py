@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def _complain(message: str) -> None:
-    print(f"zemoe: error: {message}", file=sys.stderr)
+    from .messages import one_line
+
+    print(one_line(f"zemoe: error: {message}"), file=sys.stderr)
 
 
 @contextmanager

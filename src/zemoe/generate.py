@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,10 @@ from .checkpoint import read_config
 from .decoding import Generation, Sampling, TextStream, Token, generate
 from .doctor import usable_devices
 from .experts import resolve_backend
+from .messages import one_line
+from .regular_files import kind_of
 from .terminal import Painter, Scale, summary
+from .tokenizer_files import guarded, read_tokenizer
 
 EMBEDDED = Path(__file__).parent / "models" / "tiny"
 DEFAULT_STYLE = "austen"
@@ -45,7 +47,7 @@ class CommandError(Exception):
     """What ends a command: one line that says what to do, and the exit code."""
 
     def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
         self.code = code
 
 
@@ -75,7 +77,8 @@ class Loaded(NamedTuple):
     backend_reason: str
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with guarded("tokenizer.json of the model"):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @contextmanager
@@ -105,10 +108,9 @@ def _check(request: Request) -> None:
     if _full_name(request.device) not in usable_devices():
         usable = ", ".join(usable_devices())
         raise CommandError(f"--device must be one that torch can use here ({usable}), got {request.device!r}")
-    if not request.model.is_dir():
+    if (found := kind_of(request.model)) != "a folder":
         if request.model == EMBEDDED:
             raise CommandError(f"{EMBEDDED}: the embedded model is missing; reinstall zemoe or give --model", 1)
-        found = "a file" if request.model.exists() else "nothing"
         raise CommandError(f"--model must be a LongCat-Flash checkpoint folder, found {found} at {request.model}")
 
 
@@ -121,25 +123,6 @@ def _torch_dtype(name: str, stored: Any) -> torch.dtype | str:
     if name == "auto" and isinstance(stored, torch.dtype):
         return stored
     return name if name == "auto" else getattr(torch, name)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    with _failing_with(1, "tokenizer.json of the model is not readable: "):
-        content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CommandError(f"{path}: is not a tokenizer; take the one that belongs to the model", 1)
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers has none of its own
-            raise
-        raise CommandError(f"{path}: is not a tokenizer ({error}); take the one that belongs to the model", 1) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def styles_of(tokenizer: Any, config: Any) -> dict[str, int]:
@@ -168,15 +151,18 @@ def _prompt_ids(request: Request, tokenizer: Any, config: Any) -> tuple[str, str
     prompt = request.prompt
     if prompt is None:
         prompt = OPENINGS.get(style or DEFAULT_STYLE, "")  # a style that we don't know begins with its token alone
-    if style is None:
-        ids = tokenizer.encode(prompt).ids
-    else:
-        ids = [styles[style], *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    path = request.model / "tokenizer.json"
+    with _failing_with(1), guarded(path):
+        if style is None:
+            ids = tokenizer.encode(prompt).ids
+        else:
+            ids = [styles[style], *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        tokenizer.decode(ids)  # what can't be read back is better known now than after the first token
     if len(ids) >= config.max_position_embeddings:
         limit = f"the model's context of {config.max_position_embeddings} tokens"
         raise CommandError(f"--prompt must be shorter than {limit}, got {len(ids)}")
     if max(ids) >= config.vocab_size:
-        raise CommandError(f"{request.model / 'tokenizer.json'}: does not belong to this model, its ids go too far", 1)
+        raise CommandError(f"{path}: does not belong to this model, its ids go too far", 1)
     return prompt, style, ids
 
 
@@ -185,7 +171,8 @@ def load(request: Request) -> Loaded:
     _check(request)
     with _failing_with(1):
         read_config(request.model)
-    tokenizer = _load_tokenizer(request.model)
+    with _failing_with(1):
+        tokenizer = read_tokenizer(request.model / "tokenizer.json")
 
     from transformers.utils import logging
 

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .messages import one_line
+from .regular_files import MOST_JSON_BYTES, check_regular, parse_json, read_json, reason
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -21,11 +26,16 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")
 
 _DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _DTYPE_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that must not be loaded; the message names the file and, where there is one, the tensor."""
+    """A checkpoint folder that must not be loaded; the message names the file and, where there is one, the tensor.
+
+    It is one line, however long or odd the names in the files are.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class TensorInfo(NamedTuple):
@@ -40,22 +50,22 @@ class TensorInfo(NamedTuple):
 def load_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or CheckpointError."""
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder holds {path.name}") from None
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({reason(error)})") from None
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(loaded).__name__}")
     return loaded
 
 
-def _tensor_info(file: str, entry: object, data_bytes: int) -> TensorInfo | str:
-    """The checked header entry of one tensor, or what is wrong with it."""
+def _tensor_info(file: str, entry: object, data_bytes: int) -> tuple[TensorInfo, int] | str:
+    """The checked header entry of one tensor and where its data begin, or what is wrong with it."""
     if not isinstance(entry, dict):
         return f"is described by {type(entry).__name__}, not by an object"
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         return f"has unknown dtype {dtype!r}"
     if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
         return f"has shape {shape!r}"
@@ -67,24 +77,36 @@ def _tensor_info(file: str, entry: object, data_bytes: int) -> TensorInfo | str:
         return f"of shape {shape} and dtype {dtype} takes {size} bytes, its data_offsets are {offsets}"
     if end > data_bytes:
         return f"ends at byte {end} of the data, but the file is truncated: only {data_bytes} bytes of data are there"
-    return TensorInfo(file, dtype, tuple(shape), size)
+    return TensorInfo(file, dtype, tuple(shape), size), begin
 
 
-def _read_start(path: Path) -> tuple[int, bytes, int, object]:
-    """Size of a file, its first 8 bytes, the header length they give, and the parsed header (None where it is none)."""
+def _read_start(path: Path) -> tuple[int, bytes, int, bytes]:
+    """Size of a file, its first 8 bytes, the header length they give, and the header (empty where none can be)."""
     try:
+        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            fits = len(start) == 8 and 2 <= length <= min(size - 8, _MAX_HEADER_BYTES)
-            raw = file.read(length) if fits else b""
+            fits = len(start) == 8 and 2 <= length <= min(size - 8, MOST_JSON_BYTES)
+            return size, start, length, file.read(length) if fits else b""
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {reason(error)}") from None
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file, and how many bytes of data follow it."""
+    size, start, length, raw = _read_start(path)
+    why = f"{size} bytes, header length {length}"
     try:
-        return size, start, length, json.loads(raw)
-    except ValueError:  # neither UTF-8 nor JSON
-        return size, start, length, None
+        header = parse_json(raw) if raw.startswith(b"{") else None
+    except ValueError as error:
+        header, why = None, f"the header: {error}"
+    if isinstance(header, dict):
+        return header, size - 8 - length
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):  # zip, pickle protocol
+        raise CheckpointError(f"{path}: holds pickled weights under another name; refused, nothing was loaded")
+    raise CheckpointError(f"{path}: truncated, or not a safetensors file ({why})")
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
@@ -93,29 +115,48 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     Raises CheckpointError for a file that is missing, truncated or of another format (a pickle is named, never loaded).
     """
     path = Path(path)
-    size, start, length, header = _read_start(path)
-    if not isinstance(header, dict):
-        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):  # zip, pickle protocol
-            raise CheckpointError(f"{path}: holds pickled weights under another name; refused, nothing was loaded")
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes, header length {length})")
+    header, data_bytes = _parse_header(path)
+    metadata = header.pop("__metadata__", None)
+    texts = metadata.values() if isinstance(metadata, dict) else [metadata]
+    if metadata is not None and not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{path}: __metadata__ must be an object of strings, got {metadata!r}")
     tensors: dict[str, TensorInfo] = {}
+    begins: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        info = _tensor_info(path.name, entry, size - 8 - length)
+        info = _tensor_info(path.name, entry, data_bytes)
         if isinstance(info, str):
             raise CheckpointError(f"{path}: tensor {name} {info}")
-        tensors[name] = info
+        tensors[name], begin = info
+        begins.append((begin, begin + tensors[name].num_bytes, name))
     described = sum(info.num_bytes for info in tensors.values())
-    if described != size - 8 - length:
-        raise CheckpointError(f"{path}: {size - 8 - length} bytes of data, but its tensors make {described}")
+    if described != data_bytes:
+        raise CheckpointError(f"{path}: {data_bytes} bytes of data, but its tensors make {described}")
+    last = 0
+    for begin, end, name in sorted(begins):
+        if begin != last:
+            raise CheckpointError(f"{path}: tensor {name} has data from byte {begin} on, those before it end at {last}")
+        last = end
     return tensors
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` of a file, for torch; CheckpointError for what it can't read."""
+    try:
+        check_regular(path)
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The names of the weight files, and the index {tensor: file} where there is one."""
     if (folder / INDEX_NAME).exists():
-        index = load_json(folder / INDEX_NAME).get("weight_map")
+        content = load_json(folder / INDEX_NAME)
+        index = content.get("weight_map")
+        if not isinstance(content.get("metadata"), dict):
+            raise CheckpointError(f"{folder / INDEX_NAME}: metadata must be an object, got {content.get('metadata')!r}")
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{folder / INDEX_NAME}: weight_map must be an object that names each tensor's file")
         for tensor, file in index.items():

@@ -18,11 +18,10 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from ..weight_files import WEIGHT_DTYPES, CheckpointError, load_json, read_tensors, save_tensors
+from ..weight_files import WEIGHT_DTYPES, CheckpointError, load_json, open_tensors, read_tensors, save_tensors
 from .transformers_moepp_model import ZERO_EXPERTS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
 
 _COUNTS = (
@@ -175,7 +174,7 @@ def load_moepp(
             got = f"{info.dtype} {list(info.shape)}"
             raise CheckpointError(f"{folder / info.file}: tensor {name} {got} is not part of this config.json")
     for file in sorted({info.file for info in found.values()}):
-        with safe_open(folder / file, framework="pt") as tensors:
+        with open_tensors(folder / file) as tensors:
             for name, place in expected.items():
                 if found[name].file == file:
                     place.copy_(tensors.get_tensor(name))

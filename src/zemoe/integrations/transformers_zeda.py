@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from ..checkpoint import WEIGHT_DTYPES, CheckpointError, load_json, read_tensors
 from ..retrofit import ZeroExpertBlock
+from ..weight_files import WEIGHT_DTYPES, CheckpointError, load_json, open_tensors, read_tensors
 from .transformers_fp8 import place
 from .transformers_retrofit import retrofit_
 
@@ -77,7 +76,7 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
         if name not in expected and not name.startswith(prediction) and name != "lm_head.weight":
             raise CheckpointError(f"{folder / found[name].file}: tensor {name} is not part of this config.json")
     for file in sorted({info.file for info in found.values()}):
-        with safe_open(folder / file, framework="pt") as tensors:
+        with open_tensors(folder / file) as tensors:
             for name in expected:
                 if found[name].file == file:
                     _fill(model, name, tensors.get_tensor(name))

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..generate import CommandError
+from ..regular_files import kind_of, read_json, reason
 from ..weight_files import CheckpointError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
@@ -94,12 +95,13 @@ def _overrides(tables: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _stored(out: Path) -> dict[str, dict[str, Any]]:
     path = out / "settings.json"
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         if not isinstance(stored, dict):
             raise ValueError("no sections in it")
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"{path}: not readable ({error}); --resume needs --config, or --from and --data, where there is no run yet"
+            f"{path}: not readable ({reason(error)}); --resume needs --config, or --from and --data, where there is no "
+            "run yet"
         ) from None
     return make(stored, str(path)).as_dict()
 
@@ -149,8 +151,7 @@ def dry_run(request: TrainRequest, out: Console) -> dict[str, Any]:
 
 def report(folder: Path, out: Console) -> dict[str, Any]:
     """Draw the run in `folder` and say how it went; the result for programs. Raises CommandError."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
+    if (found := kind_of(folder)) != "a folder":
         raise CommandError(f"RUN must be a folder that zemoe train wrote, found {found} at {folder}")
     with _one_line_errors():
         plots, metrics = draw(folder)

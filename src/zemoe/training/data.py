@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..regular_files import check_regular, kind_of, reason
+from ..tokenizer_files import TokenizerError, guarded, read_tokenizer
 from .settings import SettingsError
 
 IGNORE = -100  # a target that is not scored
@@ -36,15 +38,18 @@ def text_files(paths: tuple[str, ...]) -> list[Path]:
     found: dict[Path, None] = {}
     for name in paths:
         path = Path(name)
-        if path.is_dir():
+        kind = kind_of(path)
+        if kind == "a folder":
             inside = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not inside:
                 raise SettingsError(f"data.paths: no *.txt in the folder {path}")
             found.update(dict.fromkeys(inside))
-        elif path.is_file():
+        elif kind == "a file":
             found[path] = None
-        else:
+        elif kind == "nothing":
             raise SettingsError(f"data.paths: {path} does not exist")
+        else:
+            raise SettingsError(f"data.paths: {path} must be a text file or a folder, found {kind}")
     return list(found)
 
 
@@ -53,9 +58,10 @@ def read_texts(files: list[Path]) -> list[str]:
     texts = []
     for path in files:
         try:
+            check_regular(path)
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"data.paths: {path} is not readable as UTF-8 text ({error})") from None
+            raise SettingsError(f"data.paths: {path} is not readable as UTF-8 text ({reason(error)})") from None
     if not any(text.strip() for text in texts):
         raise SettingsError(f"data.paths: no text in {', '.join(map(str, files[:3]))}")
     return texts
@@ -91,22 +97,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 def load_tokenizer(path: Path) -> Any:
     """A tokenizer.json, without truncation or padding; SettingsError for anything else."""
-    from tokenizers import Tokenizer
-
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise ValueError("it is no tokenizer.json")
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        if (
-            not isinstance(error, OSError | ValueError) and type(error) is not Exception
-        ):  # tokenizers has none of its own
-            raise
-        raise SettingsError(f"{path}: not readable as a tokenizer ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return read_tokenizer(path)
+    except TokenizerError as error:
+        raise SettingsError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -204,7 +198,12 @@ def _pieces(text: str) -> Iterator[str]:
 def _encoded(tokenizer: Any, text: str, end: int | None) -> Iterator[Tensor]:
     pieces = list(_pieces(text))
     for first in range(0, len(pieces), _AT_ONCE):
-        for encoded in tokenizer.encode_batch(pieces[first : first + _AT_ONCE], add_special_tokens=False):
+        try:
+            with guarded("tokenizer.json"):
+                batch = tokenizer.encode_batch(pieces[first : first + _AT_ONCE], add_special_tokens=False)
+        except TokenizerError as error:
+            raise SettingsError(str(error)) from None
+        for encoded in batch:
             yield torch.tensor(encoded.ids, dtype=torch.int32)
     if end is not None and text:
         yield torch.tensor([end], dtype=torch.int32)
@@ -231,7 +230,7 @@ def read_cache(cache: Path, fingerprint: str | None = None) -> Corpus | None:
                 return None
             train_bytes, heldout_bytes = about["bytes"]
             return Corpus(file.get_tensor("train"), file.get_tensor("heldout"), train_bytes, heldout_bytes, found)
-    except SafetensorError:
+    except (SafetensorError, ValueError, LookupError, TypeError):
         return None  # damaged: made anew
 
 

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from transformers import LongcatFlashConfig
 
+from ..regular_files import MOST_JSON_BYTES, read_bytes, reason
 from . import data, state
 from .data import END_OF_TEXT, Corpus
 from .export import recover
@@ -118,9 +119,9 @@ def _tokenizer_json(settings: Settings, start: Path | None, texts: list[str]) ->
         seen = [data.split(text, settings.data.heldout)[0] for text in texts]
         return data.train_tokenizer(seen, settings.model.vocab_size).to_str(pretty=True).encode()
     try:
-        return Path(named).read_bytes()
+        return read_bytes(named, MOST_JSON_BYTES)
     except OSError as error:
-        raise SettingsError(f"{named}: not readable as a tokenizer ({error.strerror})") from None
+        raise SettingsError(f"{named}: not readable as a tokenizer ({reason(error)})") from None
 
 
 def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool) -> Prepared:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..checkpoint import check_config, read_config
 from ..integrations.transformers import applied, load_config, load_model
+from ..regular_files import kind_of
 from .data import END_OF_TEXT
 from .settings import ModelSettings, Settings, SettingsError
 
@@ -30,7 +31,7 @@ _KEPT = ("tokenizer_config.json", "generation_config.json")
 def start_folder(name: str) -> Path:
     """The checkpoint folder called `name`; "models/tiny" is the embedded one, where there is no other."""
     for folder in (Path(name), _PACKAGE / name):
-        if folder.is_dir():
+        if kind_of(folder) == "a folder":
             return folder
     raise SettingsError(f"model.start must be a checkpoint folder, or models/tiny, got {name!r}")
 

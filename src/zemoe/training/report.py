@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..regular_files import read_bytes, reason
 from .view import at_step, headline
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ def read_metrics(folder: Path) -> Metrics:
     """
     path = folder / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
-        raise ReportError(f"{path}: {error.strerror}; give the folder that zemoe train wrote") from None
+        raise ReportError(f"{path}: {reason(error)}; give the folder that zemoe train wrote") from None
     run: Record | None = None
     train: list[Record] = []
     evals: list[Record] = []

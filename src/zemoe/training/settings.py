@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..regular_files import read_bytes, reason
+
+_MOST_BYTES = 2**20  # of a TOML file
 PARALLEL = ("ddp", "fsdp")
 DTYPES = ("auto", "float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16")
@@ -224,7 +227,7 @@ def _override(text: str) -> tuple[str, str, Any]:
         raise SettingsError(f"--set must look like train.steps=200, got {text!r}")
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return section, key, value.strip()
     return section, key, parsed["value"] if len(parsed) == 1 else value
 
@@ -238,9 +241,11 @@ def read(path: Path | None, overrides: Iterable[str] = (), given: dict[str, dict
     tables: dict[str, Any] = {}
     if path is not None:
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = tomllib.loads(read_bytes(path, _MOST_BYTES).decode())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"{path}: not readable as TOML ({error})") from None
+            raise SettingsError(f"{path}: not readable as TOML ({reason(error)})") from None
+        except RecursionError:
+            raise SettingsError(f"{path}: not readable as TOML (it is nested too deep)") from None
     changes = [*map(_override, overrides)]
     changes += [(name, key, value) for name, table in (given or {}).items() for key, value in table.items()]
     for name, key, value in changes:

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..regular_files import read_json
+
 _PART_BYTES = 2 * 10**9
 _ABOUT = "state.json"
 _HIDDEN = ".unfinished-"
@@ -183,7 +185,7 @@ class Reader:
         self.step = steps(folder)[-1]
         self.path = _path(folder, self.step)
         try:
-            self.about: dict[str, Any] = json.loads((self.path / _ABOUT).read_text(encoding="utf-8"))
+            self.about: dict[str, Any] = read_json(self.path / _ABOUT)
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in self.about["files"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(_ABOUT, str(error)) from None

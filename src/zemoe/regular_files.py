@@ -1,0 +1,97 @@
+"""Reading files that anyone may have made: regular ones only, no more than expected, and JSON of a sane shape.
+
+A fifo would wait for a writer for ever, a device such as /dev/zero has no end, and JSON may be nested deeper than a
+parser's stack or say a thing twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+# Parsed, `[{},{},...` takes 25 times its size. Real files are far smaller: the index of 560 B parameters has 6 MB, the
+# largest tokenizers have 33.
+MOST_JSON_BYTES = 2**25
+_DEEPEST = 64
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def kind_of(path: str | Path) -> str:
+    """What is there, for people: "a file", "a folder", "a pipe", "nothing", "nothing (File name too long)" ..."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "nothing"
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        return f"nothing ({getattr(error, 'strerror', None) or error})"
+    return "a file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def check_regular(path: str | Path) -> None:
+    """OSError with a `strerror` of ours unless `path` is a regular file, or leads to one. Never waits."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """All of a regular file. OSError for another kind, or for more than `most` bytes."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        if most is None:
+            return file.read()
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What went wrong, without the path and the number that `str` of an OSError repeats."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r} is there twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def parse_json(content: bytes) -> Any:
+    """What JSON in UTF-8 says; ValueError that says why not: no JSON, a key twice, NaN, nested too deep."""
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("it begins with a byte order mark")
+    try:
+        value = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEPEST):
+        inside = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in inside if isinstance(child, dict | list)]
+    if level:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    return value
+
+
+def read_json(path: str | Path, most: int = MOST_JSON_BYTES) -> Any:
+    """`parse_json` of a regular file of at most `most` bytes. Raises OSError, ValueError."""
+    return parse_json(read_bytes(path, most))
