@@ -33,6 +33,7 @@ def test_json(capsys):
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"transformers", "triton", "numpy"} <= set(found["versions"])
+    assert found["untested"] == [] and set(found["tested"]) < set(found["versions"])
     assert found["threads"] == {"torch": torch.get_num_threads(), "processors": os.cpu_count()}
     assert list(found["devices"]) == doctor.usable_devices()
     seen = {(check["device"], check["dtype"], check["backend"]) for check in found["checks"]}
@@ -55,6 +56,18 @@ def test_text(capsys):
         assert line in out
     assert out.count("chosen, the first that works") == 3 * len(doctor.usable_devices())
     assert "FAILED" not in out
+
+
+def test_an_untested_version_is_told(monkeypatch, capsys):
+    """It fails nothing: what the self-test finds is what counts."""
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "9.1.2" if name == "transformers" else real(name))
+    assert main(["doctor"]) == 0
+    told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "untested" in line]
+    assert told == ["transformers 9.1.2 untested: zemoe was tested with 5.17 to 5.24"]
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["untested"] == ["transformers"] and found["tested"]["transformers"] == "5.17 to 5.24"
 
 
 WRONG = {

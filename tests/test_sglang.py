@@ -18,6 +18,7 @@ import torch
 import zemoe
 from sglang_stand_in import FACTS, SOURCES, Ranks, installed
 from zemoe import reference
+from zemoe.versions import range_of
 
 E, Z, H, I, K, SCALE = 6, 3, 32, 8, 4, 6.0
 VERSIONS = sorted(FACTS)
@@ -158,8 +159,7 @@ def test_the_versions_that_we_name_were_looked_at():
     with installed(VERSIONS[0]):
         from zemoe.integrations import sglang
 
-        assert ".".join(map(str, sglang.OLDEST)) == VERSIONS[0]
-        assert ".".join(map(str, sglang.NEWEST)) == VERSIONS[-1]
+        assert range_of("sglang") == f"{VERSIONS[0]} to {VERSIONS[-1]}"
         assert sglang.why_not("0.5.15.post1", None) is None
         assert sglang.why_not(VERSIONS[0], "") is sglang.why_not(VERSIONS[-1], "1") is None
         for version in ("0.5.10", "0.6.0", "0.5.24", "unknown"):

@@ -18,8 +18,9 @@ from torch import Tensor
 from . import __version__, reference
 from .affine import AffineParams
 from .experts import BACKENDS, fused_experts, resolve_backend
+from .versions import TESTED, is_tested, range_of
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy", "vllm", "sglang")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
 # of which one gets none.
@@ -173,10 +174,12 @@ def self_test() -> list[Check]:
 
 def examine() -> dict[str, Any]:
     """All of it, as `zemoe doctor --json` prints it."""
-    checks = self_test()
+    checks, installed = self_test(), versions()
     return {
         "ok": all(check.ok for check in checks),
-        "versions": versions(),
+        "versions": installed,
+        "tested": {package: range_of(package) for package in TESTED},
+        "untested": [name for name in TESTED if (version := installed[name]) and not is_tested(name, version)],
         "devices": {device: device_name(device) for device in usable_devices()},
         "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
         "backends": {name: backend.about for name, backend in BACKENDS.items()},

@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from .kernels import cpu, grouped, topk
 from .kernels.activations import ACTIVATIONS
+from .versions import warn_if_untested
+
+warn_if_untested("torch", torch.__version__)
 
 _LIBRARY = torch.library.Library("zemoe", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)

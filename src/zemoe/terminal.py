@@ -192,16 +192,20 @@ def findings(found: dict[str, Any]) -> list[Table]:
     """The tables of `zemoe doctor`, from `zemoe.doctor.examine`."""
     installed = _table("versions")
     for name, version in found["versions"].items():
-        installed.add_row(name, version or "not installed")
+        tested = found["tested"].get(name)
+        about = Text(f"tested: {tested}" if tested else "", style="dim")
+        if name in found["untested"]:
+            about = Text(f"untested: zemoe was tested with {tested}", style="bold yellow")
+        installed.add_row(name, version or "not installed", about)
     devices = _table("devices")
     for name, about in found["devices"].items():
         devices.add_row(name, Text(about))
-    tested = _table("backends and their self-test")
+    results = _table("backends and their self-test")
     for check in found["checks"]:
         why, verdict = Text(check["why"], style="" if check["usable"] else "dim"), Text()
         if check["usable"]:
             verdict = Text("ok", style="green") if check["ok"] else Text("FAILED", style="bold red")
             verdict.append(f" {check['error']:.2f} of the allowed error", style="default")
             verdict.append("" if check["ok"] else f" in the {check['what']}", style="default")
-        tested.add_row(check["device"], check["dtype"], check["backend"], why, verdict)
-    return [installed, devices, tested]
+        results.add_row(check["device"], check["dtype"], check["backend"], why, verdict)
+    return [installed, devices, results]

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
 
-# Versions of which the sources were read and tried (docs/sglang.md).
-OLDEST, NEWEST = (0, 5, 11), (0, 5, 23)
+from ..versions import is_tested, range_of
+
 SWITCH = "ZEMOE_SGLANG"
 TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE"
 
@@ -31,10 +30,8 @@ def why_not(version: str, switch: str | None) -> str | None:
         return f"{SWITCH}=0"
     if switch not in (None, "", "1"):
         return f"{SWITCH} must be 0 or 1, got {switch!r}"
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2]), int(found[3])) <= NEWEST:
-        known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-        return f"zemoe knows SGLang {known}, and this is {version}"
+    if not is_tested("sglang", version):  # the ends' sources were read and tried (docs/sglang.md)
+        return f"zemoe knows SGLang {range_of('sglang')}, and this is {version}"
     return None
 
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 
+import transformers
 from transformers import Cache
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs
+
+from ..versions import warn_if_untested
+
+warn_if_untested("transformers", transformers.__version__)
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 try:
@@ -25,6 +26,9 @@ from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts, unflatten
 from ..routing import Routing, RoutingModule, router_logits, select_experts
+from ..versions import warn_if_untested
+
+warn_if_untested("transformers", transformers.__version__)
 
 StockExperts = modeling.LongcatFlashExperts
 StockMoE = modeling.LongcatFlashMoE

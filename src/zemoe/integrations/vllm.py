@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 
 import vllm
 from vllm.logger import init_logger
 
-# Minor versions whose sources were read and tried (docs/vllm.md).
-OLDEST, NEWEST = (0, 26), (0, 33)
+from ..versions import is_tested, range_of
+
 SWITCH = "ZEMOE_VLLM"
 
 _MODELS = "zemoe.integrations.vllm_models"
@@ -35,10 +34,8 @@ def why_not(version: str, switch: str | None) -> str | None:
         return f"{SWITCH}=0"
     if switch not in (None, "", "1"):
         return f"{SWITCH} must be 0 or 1, got {switch!r}"
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
-        known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-        return f"zemoe knows vLLM {known}, and this is {version}"
+    if not is_tested("vllm", version):  # its minor versions' sources were read and tried (docs/vllm.md)
+        return f"zemoe knows vLLM {range_of('vllm')}, and this is {version}"
     return None
 
 

@@ -13,6 +13,10 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from ..versions import warn_if_untested
+
+warn_if_untested("numba", numba.__version__)
+
 
 def _has_safe_threads() -> bool:
     """Whether numba has threads that several Python threads may use at a time; its own ones end the process then."""

@@ -14,6 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...versions import warn_if_untested
+
+warn_if_untested("triton", triton.__version__)
+
 _MOST_TOKENS = 1024
 
 
