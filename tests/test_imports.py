@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "config": set(),
     "reference": {"config"},
     "scores": set(),
-    "routing": {"config", "ops", "scores"},
+    "casts": set(),
+    "routing": {"config", "ops", "scores", "casts"},
     "plan": {"config", "ops"},
     "affine": {"config", "ops"},
     "ops": {"kernels", "ops", "scores", "versions"},
@@ -28,15 +29,15 @@ MAY_IMPORT = {
     "parallel": {"routing", "plan"},
     "balance": {"config", "routing", "scores"},
     "statistics": {"config", "routing", "balance"},
-    "retrofit": {"config", "routing", "experts", "layer"},
+    "retrofit": {"config", "casts", "routing", "experts", "layer"},
     "checkpoint": {"weight_files", "regular_files"},
     "weight_files": {"messages", "regular_files"},
     "tokenizer_files": {"regular_files"},
     "messages": set(),
     "regular_files": set(),
     "measure": set(),
-    "fused_moe": {"config", "scores", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
-    "layer": {"config", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
+    "fused_moe": {"config", "casts", "scores", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
+    "layer": {"config", "casts", "routing", "plan", "affine", "experts", "ops", "parallel", "balance"},
 }
 # Third-party packages that may be imported at the top of a module; torch is the only dependency of `import zemoe`.
 TOP_LEVEL = {

@@ -22,6 +22,7 @@ except ImportError as error:
         f"zemoe.integrations.transformers needs transformers >= 5.17 with LongCat-Flash ({error})"
     ) from None
 
+from ..casts import StaysFloat32
 from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts, unflatten
@@ -70,11 +71,10 @@ class ZeroExpertLongcatClassifier(nn.Linear):
         return router_logits(input, self.weight)
 
 
-class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
+class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
     """The router: float32 whatever the dtype of the model, its Routing visible to `zemoe.observe`.
 
-    Parameter and buffer names are stock's. They stay float32 when the model is cast (`.to(torch.bfloat16)`, `.half()`):
-    bfloat16 keeps 8 bits of a selection bias whose updates are smaller than that, and moves tokens to other experts.
+    Parameter and buffer names are stock's. They stay float32 when the model is cast (zemoe.casts).
     """
 
     def __init__(self, config: Any) -> None:
@@ -95,13 +95,6 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
         classifier: Any = self.classifier
         if classifier.__class__ is ZeroExpertLongcatClassifier:
             classifier.__class__ = nn.Linear
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == torch.float32 else tensor.to(device=new.device, dtype=torch.float32)
-
-        return super()._apply(moved, recurse)
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
