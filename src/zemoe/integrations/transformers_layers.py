@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 try:
     from transformers.activations import ACT2FN
@@ -109,6 +110,11 @@ class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
         return Routing(logits_TA, weights_TK, ids_TK)
 
 
+def expert_rank(mesh: DeviceMesh) -> int:
+    """Which part of the experts this rank holds. A mesh of more than one dimension calls the experts' "ep"."""
+    return mesh.get_local_rank(None if mesh.ndim == 1 else "ep")
+
+
 class ZeroExpertLongcatExperts(StockExperts):
     """The experts: `gate_up_proj` [E, 2I, H] without rows for zero experts, `down_proj` [E, H, I], one fused op.
 
@@ -201,7 +207,7 @@ class ZeroExpertLongcatMoE(StockMoE):
         """
         experts = self._own_experts()
         zero_TK = ids_TK >= experts.num_routed_experts
-        home = experts.gate_up_proj.device_mesh.get_local_rank() * experts.num_experts
+        home = expert_rank(experts.gate_up_proj.device_mesh) * experts.num_experts
         y_TH = self.experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
         alpha_T1 = weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
         return (y_TH + alpha_T1 * x_TH).to(x_TH.dtype)
