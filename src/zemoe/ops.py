@@ -21,7 +21,7 @@ from .versions import warn_if_untested
 warn_if_untested("torch", torch.__version__)
 
 _LIBRARY = torch.library.Library("zemoe", "DEF")
-_functorch: Any = torch._C._functorch
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -32,26 +32,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_batches(*tensors: Tensor | None) -> None:
-    """RuntimeError for a tensor inside of torch.vmap, which hides from us that a gradient is wanted."""
-    if torch.compiler.is_compiling():  # what can't be traced; the operators refuse it
-        return
-    if _functorch.peek_interpreter_stack() is None:
-        return
-    if any(tensor is not None and _functorch.is_batchedtensor(tensor) for tensor in tensors):
-        _no_vmap()
-
-
-def _no_vmap(*args: object) -> NoReturn:
-    raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
-
-
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """RuntimeError for a tensor inside of torch.vmap, torch.func.grad, vjp or jvp, or of forward-mode differentiation.
+    """RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
 
-    Our operators would drop a tangent silently.
+    Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
     """
-    refuse_batches(*tensors)
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
@@ -62,6 +47,11 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         raise RuntimeError(
             "zemoe's layers take no part in torch.func.grad, vjp or jacrev; use backward() or torch.autograd.grad"
         )
+
+
+def _no_vmap(*args: object) -> NoReturn:
+    """Under vmap a tensor doesn't say that its gradient is wanted, and a layer computes otherwise where it isn't."""
+    raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
 
 
 def define(schema: str, *, vmap: bool = True) -> None:

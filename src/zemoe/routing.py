@@ -99,7 +99,6 @@ def select_experts(
     Raises:
         ValueError: for a shape, name or count that does not fit, naming it. RuntimeError: under torch.vmap.
     """
-    ops.refuse_batches(logits_TA, e_score_correction_bias)
     if logits_TA.ndim != 2 or not logits_TA.is_floating_point():
         raise ValueError(f"logits_TA must be a float [T, A] tensor, got {logits_TA.dtype} {tuple(logits_TA.shape)}")
     num_slots = logits_TA.shape[1]
