@@ -107,7 +107,7 @@ class Trainer:
         with processes.together():
             self.companions = companions(settings, prepared.start)
             self.model = build(config, train.seed, prepared.start if reader is None else None)
-        self.parameters = count_parameters(self.model, self.K_e)
+        self.parameters = count_parameters(self.model.config, self.K_e)
         if train.checkpoint_activations:
             checkpoint_activations(self.model)
         self.wrapped = processes.wrap(self.model)
