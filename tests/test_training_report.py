@@ -200,7 +200,8 @@ def test_layers(drawn, tmp_path):
 
 def test_no_aim_no_evaluation_and_gaps(drawn, tmp_path):
     hole = records.train(20, ffn_experts=None, ffn_experts_std=None, bits_per_byte=None)
-    write(tmp_path, [records.run(k_e=None), records.train(10), hole, records.evaluation(20, False, None)])
+    unscored = records.evaluation(20, False, 1.0) | {"heldout_bits_per_byte": None, "heldout_loss": None}
+    write(tmp_path, [records.run(k_e=None), records.train(10), hole, unscored])
     draw(tmp_path)
     found = lines(drawn["ffn_experts.png"])
     assert list(found) == ["mean a token"] and math.isnan(found["mean a token"][1][1])
