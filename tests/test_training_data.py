@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tiny_checkpoint import byte_tokenizer
 from zemoe.training import data
-from zemoe.training.data import IGNORE, Corpus, Rows, encode, read_texts, split, text_files, train_tokenizer
+from zemoe.training.data import (
+    IGNORE,
+    Corpus,
+    Rows,
+    encode,
+    fingerprint_of,
+    read_cache,
+    read_texts,
+    split,
+    text_files,
+    train_tokenizer,
+)
 from zemoe.training.settings import SettingsError
+from zemoe.training.state import StateError
 
 
 def corpus(train: int, heldout: int = 10) -> Corpus:
@@ -86,9 +101,10 @@ def test_pieces_change_nothing_but_their_ends(monkeypatch):
     assert whole[-1] == 0 and tokenizer.decode(whole[:-1], skip_special_tokens=False) == text
 
 
-def test_encode_and_its_cache(tmp_path, monkeypatch):
+def test_encode_and_its_cache(tmp_path):
     tokenizer, cache = byte_tokenizer(), tmp_path / "corpus.safetensors"
     texts = ["the sea\n" * 50, "x", ""]
+    assert read_cache(cache) is None
     first = encode(texts, tokenizer, 0.1, 0, cache)
     assert tokenizer.decode(first.train.tolist()) == "the sea\n" * 46 + "x"
     assert tokenizer.decode(first.heldout.tolist()) == "the sea\n" * 4
@@ -96,25 +112,53 @@ def test_encode_and_its_cache(tmp_path, monkeypatch):
     assert (first.train == 0).sum() == 2 and (first.heldout == 0).sum() == 1 and first.train.dtype == torch.int32
     assert first.heldout_tokens_per_byte == len(first.heldout) / 32
 
-    monkeypatch.setattr(data, "_encoded", lambda *_: pytest.fail("encoded again"))
-    again = encode(texts, tokenizer, 0.1, 0, cache)
+    again = read_cache(cache)
     assert torch.equal(again.train, first.train) and torch.equal(again.heldout, first.heldout)
-    assert (again.train_bytes, again.heldout_bytes, again.fingerprint) == (369, 32, first.fingerprint)
-    monkeypatch.undo()
+    assert (again.train_bytes, again.heldout_bytes) == (369, 32)
+    assert again.fingerprint == first.fingerprint == fingerprint_of(texts, tokenizer, 0.1, 0)
+    assert again.sha256 == first.sha256
 
     for changed in ((["the sea\n" * 51, "x", ""], tokenizer, 0.1, 0), (texts, tokenizer, 0.2, 0)):
-        assert encode(*changed, cache).fingerprint != first.fingerprint
+        assert fingerprint_of(*changed) != first.fingerprint
     assert encode(texts, tokenizer, 0.1, None, cache).train.min() > 0
-    other = train_tokenizer(texts, 300)
-    assert encode(texts, other, 0.1, 0, cache).fingerprint != first.fingerprint
-
-    whole = cache.read_bytes()
-    for damaged in (whole[:-5], b"", whole[:20]):
-        cache.write_bytes(damaged)
-        assert torch.equal(encode(texts, tokenizer, 0.1, 0, cache).train, first.train)
+    assert fingerprint_of(texts, train_tokenizer(texts, 300), 0.1, 0) != first.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.safetensors"]
-    with safe_open(cache, framework="pt") as file:
-        assert torch.equal(file.get_tensor("train"), first.train)
+    empty = encode(["", "x"], tokenizer, 0.5, None, cache)
+    assert len(empty.train) == 0 and read_cache(cache).sha256 == empty.sha256
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "nothing": lambda path: path.write_bytes(b""),
+    "a bit of the last token": lambda path: path.write_bytes(path.read_bytes()[:-4] + b"\7\0\0\0"),
+    "tokens XOR 1": lambda path: rewrite(path, lambda tokens: tokens ^ 1),
+    "all zero": lambda path: rewrite(path, torch.zeros_like),
+    "a token of -5": lambda path: rewrite(path, lambda tokens: tokens.clone().index_fill_(0, torch.tensor(3), -5)),
+    "tokens that moved": lambda path: rewrite(path, lambda tokens: tokens.roll(1)),
+    "another dtype": lambda path: rewrite(path, lambda tokens: tokens.float()),
+    "other sizes of the text": lambda path: rewrite(path, lambda tokens: tokens, bytes=[1, 2]),
+    "another text": lambda path: rewrite(path, lambda tokens: tokens, fingerprint="0"),
+    "no digest": lambda path: rewrite(path, lambda tokens: tokens, sha256=None),
+    "about nothing": lambda path: save_file(load_file(path), path),
+}
+
+
+def rewrite(path, change, **about):
+    """The same file, whole as safetensors, with other tokens or another description."""
+    with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()["about"]) | about
+    said = {key: value for key, value in said.items() if value is not None}
+    save_file({name: change(tokens) for name, tokens in load_file(path).items()}, path, {"about": json.dumps(said)})
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache(tmp_path, damage):
+    cache = tmp_path / "corpus.safetensors"
+    encode(["the sea\n" * 50], byte_tokenizer(), 0.1, 0, cache)
+    DAMAGE[damage](cache)
+    with pytest.raises(StateError, match=r"corpus\.safetensors: damaged \(.*\); remove it, and --resume makes it anew"):
+        read_cache(cache)
 
 
 def test_a_full_disk_leaves_no_half_cache(tmp_path, monkeypatch):

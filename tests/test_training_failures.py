@@ -26,6 +26,8 @@ def end(whole: SimpleNamespace, folder: Path, failure: str, *sets: str, resume: 
     if resume:
         shutil.copytree(whole.out / "states" / "step-00000004", folder / "out" / "states" / "step-00000004")
         shutil.copytree(whole.out / "export", folder / "out" / "export")
+        for name in ("metrics.jsonl", "tokenizer.json"):
+            shutil.copy(whole.out / name, folder / "out")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     tables = settings_for(folder, "out", *sets).as_dict()

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,9 +72,9 @@ def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in one.items() if k not in clock} for one in found if one["kind"] in kinds]
 
 
-def whole_run(folder: Path, *overrides: str) -> SimpleNamespace:
+def whole_run(folder: Path) -> SimpleNamespace:
     """A run from its first step to its last, never stopped; what the others are compared with."""
-    settings, told = settings_for(folder, "out", "run.keep=3", *overrides), []
+    settings, told = settings_for(folder, "out", "run.keep=3"), []
     with one_thread():
         end = run.train(settings, resume=False, listener=told.append)
     return SimpleNamespace(folder=folder, out=folder / "out", settings=settings, told=told, end=end)
@@ -131,6 +132,20 @@ def one_run(settings: Settings, resume: bool, moment: str | None, step: int) -> 
         setattr(owner, name, now_or_later)
     listener = _nothing if moment is None or moment in MOMENTS else _at_step(step, moment)
     run.train(settings, resume=resume, listener=listener)
+
+
+def train_until(settings: Settings, step: int, go: Path) -> None:
+    """Train; after `step` steps wait until the file `go` is there, having made `go`.waiting, then stop."""
+    torch.set_num_threads(1)
+
+    def wait(record: dict[str, Any]) -> None:
+        if (record["kind"], record["step"]) == ("train", step):
+            go.with_suffix(".waiting").touch()
+            while not go.exists():
+                time.sleep(0.02)
+            signal.raise_signal(signal.SIGTERM)
+
+    run.train(settings, resume=False, listener=wait)
 
 
 def one_rank(rank: int, world: int, rendezvous: str, settings: Settings, resume: bool, last: int) -> None:

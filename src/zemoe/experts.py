@@ -380,7 +380,7 @@ def fused_experts(
     Raises:
         ValueError: for a shape, dtype, device, name or count that does not fit, naming it; on the CPU also for an id
             that names no slot (elsewhere such a choice is skipped).
-        RuntimeError: in forward-mode differentiation, torch.vmap, and torch.func's grad, vjp and their like.
+        RuntimeError: in forward-mode differentiation.
     """
     if hidden_states.ndim < 1 or not hidden_states.is_floating_point():
         raise ValueError(
@@ -421,7 +421,7 @@ def fused_experts(
         main_grads,
     )
     differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
-    ops.refuse_transforms(*differentiable)
+    ops.refuse_tangents(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
     if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced

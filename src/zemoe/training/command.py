@@ -19,7 +19,7 @@ from ..regular_files import kind_of, read_json, reason
 from ..weight_files import CheckpointError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
-from .state import TrainingError
+from .state import TrainingError, unsealed
 from .view import View, at_step, headline, number, open_view, training_line
 
 # For a model that is trained already, where neither the file nor --set says anything: a smaller learning rate, fewer
@@ -95,9 +95,7 @@ def _overrides(tables: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _stored(out: Path) -> dict[str, dict[str, Any]]:
     path = out / "settings.json"
     try:
-        stored = read_json(path)
-        if not isinstance(stored, dict):
-            raise ValueError("no sections in it")
+        stored = unsealed(read_json(path))
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path}: not readable ({reason(error)}); --resume needs --config, or --from and --data, where there is no "

@@ -5,11 +5,12 @@ L tokens of context, R rows.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..regular_files import check_regular, kind_of, reason
 from ..tokenizer_files import TokenizerError, guarded, read_tokenizer
 from .settings import SettingsError
+from .state import StateError
 
 IGNORE = -100  # a target that is not scored
 END_OF_TEXT = "<|endoftext|>"
@@ -88,10 +90,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise SettingsError(f"model.vocab_size must be at least {len(alphabet) + 1}, got {vocab_size}")
-    # No text has more merges than characters, and the library sets memory aside for as many as it is told.
-    most = len(alphabet) + 1 + sum(len(text.encode()) for text in texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, most), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -107,13 +107,24 @@ def load_tokenizer(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Corpus:
-    """train, heldout: token streams, int32. *_bytes: of the texts that they came from. fingerprint: of both."""
+    """train, heldout: token streams, int32. *_bytes: of the texts that they came from. fingerprint: of the texts and
+    the tokenizer.
+    """
 
     train: Tensor
     heldout: Tensor
     train_bytes: int
     heldout_bytes: int
     fingerprint: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all of it, tokens included."""
+        sizes = [self.fingerprint, len(self.train), len(self.heldout), self.train_bytes, self.heldout_bytes]
+        digest = hashlib.sha256(json.dumps(sizes).encode())
+        for tokens in (self.train, self.heldout):
+            digest.update((ctypes.c_char * tokens.nbytes).from_address(tokens.data_ptr()))
+        return digest.hexdigest()
 
     @property
     def train_tokens_per_byte(self) -> float:
@@ -211,7 +222,8 @@ def _encoded(tokenizer: Any, text: str, end: int | None) -> Iterator[Tensor]:
         yield torch.tensor([end], dtype=torch.int32)
 
 
-def _fingerprint(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> str:
+def fingerprint_of(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> str:
+    """What `encode` makes of these depends on them alone."""
     digest = hashlib.sha256(f"{heldout} {end} {tokenizer.to_str()}".encode())
     for text in texts:
         encoded = text.encode()
@@ -220,30 +232,35 @@ def _fingerprint(texts: list[str], tokenizer: Any, heldout: float, end: int | No
     return digest.hexdigest()
 
 
-def read_cache(cache: Path, fingerprint: str | None = None) -> Corpus | None:
-    """The corpus that `encode` wrote; None if there is none, or another one than asked for, or half of one."""
+def read_cache(cache: Path) -> Corpus | None:
+    """The corpus that `encode` wrote; None if there is none.
+
+    Raises:
+        StateError: if that is not what it wrote.
+    """
     if not cache.is_file():
         return None
     try:
         with safe_open(cache, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found = about.get("fingerprint")
-            if found is None or (fingerprint is not None and fingerprint != found):
-                return None
             train_bytes, heldout_bytes = about["bytes"]
-            return Corpus(file.get_tensor("train"), file.get_tensor("heldout"), train_bytes, heldout_bytes, found)
-    except (SafetensorError, ValueError, LookupError, TypeError):
-        return None  # damaged: made anew
+            tokens = [file.get_tensor(name) for name in ("train", "heldout")]
+        if any(stream.dtype != torch.int32 or stream.dim() != 1 for stream in tokens):
+            raise ValueError("tokens must be int32")
+        corpus = Corpus(*tokens, train_bytes, heldout_bytes, about["fingerprint"])
+        if corpus.sha256 != about["sha256"]:
+            raise ValueError("its content is not what was written")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"no {error} in it" if isinstance(error, LookupError) else str(error)
+        raise StateError(f"{cache}: damaged ({why}); remove it, and --resume makes it anew from the text") from None
+    return corpus
 
 
 def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, cache: Path) -> Corpus:
-    """The corpus of the texts, from `cache` where that was made of the same texts and tokenizer.
+    """The corpus of the texts, written to `cache` in one piece or not at all.
 
-    end: the id after every text, or None. The cache is written in one piece or not at all.
+    end: the id after every text, or None.
     """
-    fingerprint = _fingerprint(texts, tokenizer, heldout, end)
-    if (known := read_cache(cache, fingerprint)) is not None:
-        return known
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]
     for text in texts:
@@ -251,12 +268,13 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, ca
             parts[i].extend(_encoded(tokenizer, part, end))
             sizes[i] += len(part.encode())
     train, held = (torch.cat([torch.empty(0, dtype=torch.int32), *part]) for part in parts)
-    unfinished = cache.with_suffix(f".{os.getpid()}")
-    about = {"fingerprint": fingerprint, "bytes": sizes}
+    corpus = Corpus(train, held, sizes[0], sizes[1], fingerprint_of(texts, tokenizer, heldout, end))
+    about = {"fingerprint": corpus.fingerprint, "bytes": sizes, "sha256": corpus.sha256}
+    unfinished = cache.with_name(f".{cache.name}.part")
     try:
         save_file({"train": train, "heldout": held}, unfinished, {"about": json.dumps(about)})
         unfinished.replace(cache)
     except (OSError, SafetensorError):
         unfinished.unlink(missing_ok=True)
         raise
-    return Corpus(train, held, sizes[0], sizes[1], fingerprint)
+    return corpus

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,11 +28,15 @@ class Files(AbstractContextManager["Files"]):
         self.out, self.writes = out, writes
         self.states, self.export = out / "states", out / "export"
         self.tokenizer, self.corpus = out / "tokenizer.json", out / "corpus.safetensors"
+        self.metrics = out / "metrics.jsonl"
+        self._lock: IO[bytes] | None = None
         self._metrics: IO[bytes] | None = None
+        self._told = hashlib.sha256()  # of metrics.jsonl so far
 
     def __exit__(self, *_: object) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
 
     def writing(self, what: str) -> AbstractContextManager[None]:
         """A failure to write becomes a StateError that says what there is to go on from."""
@@ -40,54 +45,87 @@ class Files(AbstractContextManager["Files"]):
     def last_state(self) -> str:
         return state.last_state(self.states)
 
-    def begin(self, settings: Settings, metrics_bytes: int) -> None:
-        """Settings as they are now, and metrics.jsonl without what a run wrote after the state that it goes on from."""
-        if self.writes:
-            with self.writing("settings.json or metrics.jsonl"):
-                path = self.out / "metrics.jsonl"
-                path.touch()
-                self._metrics = path.open("r+b")
-                self._claim(self._metrics)
-                recover(self.export)
-                state.write_json(self.out / "settings.json", settings.as_dict())
-                self._metrics.truncate(min(metrics_bytes, path.stat().st_size))
-                self._metrics.seek(0, 2)
+    def claim(self) -> None:
+        """Hold the folder, which is made where there is none, until this process ends, however it does.
 
-    def _claim(self, metrics: IO[bytes]) -> None:
-        """Hold the folder until this process ends, however it does; SettingsError if another one holds it."""
+        Nothing else in it may be written, moved or removed before. The file `lock` stays behind, and means nothing.
+
+        Raises:
+            SettingsError: if another process holds it.
+        """
         import fcntl
 
-        try:
-            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"run.out: another process is training in {self.out}; choose another folder") from None
+        if not self.writes:
+            return
+        with self.writing("the file lock"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.out / "lock").open("ab")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SettingsError(
+                    f"run.out: another process is training in {self.out}; choose another folder"
+                ) from None
+            recover(self.export)
+
+    def begin(self, settings: Settings, reader: Reader | None) -> None:
+        """Settings as they are now, and metrics.jsonl without what a run wrote after the state that it goes on from.
+
+        Raises:
+            StateError: if metrics.jsonl is not what it was when that state was written; nothing has been changed.
+        """
+        if not self.writes:
+            return
+        size = reader.about["metrics_bytes"] if reader is not None else 0
+        if reader is not None:
+            with suppress(OSError), self.metrics.open("rb") as file:
+                self._told = hashlib.sha256(file.read(size))
+            if self._told.hexdigest() != reader.about["metrics_sha256"]:
+                raise StateError(
+                    f"{self.metrics}: damaged (its first {size} bytes are not those that were written); put them back, "
+                    "or go on from the export in another folder"
+                )
+        with self.writing("settings.json or metrics.jsonl"):
+            self.metrics.touch()
+            self._metrics = self.metrics.open("r+b")
+            state.write_json(self.out / "settings.json", state.sealed(settings.as_dict()))
+            self._metrics.truncate(size)
+            self._metrics.seek(0, 2)
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
         assert self._metrics is not None
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         with self.writing("metrics.jsonl"):
-            self._metrics.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._metrics.write(line)
             self._metrics.flush()
+        self._told.update(line)
 
-    def metrics_bytes(self) -> int:
-        """How long metrics.jsonl is, all of it on the disk."""
+    def metrics_so_far(self) -> dict[str, Any]:
+        """For a state: how long metrics.jsonl is, all of it on the disk, and its digest."""
         if self._metrics is None:
-            return 0
+            return {}
         with self.writing("metrics.jsonl"):
-            state.sync(self.out / "metrics.jsonl")
-        return self._metrics.tell()
+            state.sync(self.metrics)
+        return {"metrics_bytes": self._metrics.tell(), "metrics_sha256": self._told.hexdigest()}
+
+
+# What a state says beside its tensors. corpus, tokens, tokenizer: digests of text and tokenizer, of the encoded text,
+# of tokenizer.json.
+_IN_A_STATE = {"settings", "corpus", "tokens", "tokenizer", "metrics_bytes", "metrics_sha256", "progress"}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """config: of the model. ffn_experts: K_e. start: the folder of its first weights, or None. reader: of the state to
-    go on from.
+    """config: of the model. ffn_experts: K_e. start: the folder of its first weights, or None. tokenizer: what
+    tokenizer.json holds. reader: of the state to go on from.
     """
 
     config: LongcatFlashConfig
     ffn_experts: float
     start: Path | None
     corpus: Corpus
+    tokenizer: bytes
     reader: Reader | None
 
 
@@ -101,7 +139,7 @@ def _go_on_from(files: Files, settings: Settings, resume: bool) -> Reader | None
     if not (resume and kept):
         return None
     reader = Reader(files.states)
-    if not reader.about.keys() >= {"settings", "corpus", "metrics_bytes", "progress"}:
+    if not reader.about.keys() >= _IN_A_STATE:
         raise StateError(f"{reader.path}: was not written by this version of zemoe train")
     then, now = reader.about["settings"], settings.that_decide()
     if changed := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
@@ -132,7 +170,6 @@ def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool)
     """
     start = corpus = None
     with processes.together():
-        reader = _go_on_from(files, settings, resume)
         start = start_folder(settings.model.start) if settings.model.start else None
         config = read_start(start) if start is not None else None
         context, parts = settings.data.context, settings.train.accumulate * processes.world
@@ -144,31 +181,54 @@ def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool)
         if config is not None and context > config.max_position_embeddings:
             most = config.max_position_embeddings
             raise SettingsError(f"data.context must be at most the model's {most}, got {context}")
+        texts = data.read_texts(data.text_files(settings.data.paths)) if processes.first else []
+        files.claim()
+        reader = _go_on_from(files, settings, resume)
         if processes.first:
-            corpus = _encoded(settings, files, start, config, anew=reader is None)
+            corpus = _encoded(settings, files, start, config, texts, reader)
     with processes.together():  # what the first process has made is there
         corpus = corpus or data.read_cache(files.corpus)
         if corpus is None:
             raise StateError(f"{files.corpus}: not readable here; run.out must be one folder for all processes")
-        if reader is not None and corpus.fingerprint != reader.about["corpus"]:
-            raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
         config = config or new_config(settings.model, data.load_tokenizer(files.tokenizer), context)
         ffn_experts = wanted_ffn_experts(config, settings.train.ffn_experts)
         corpus.check(context, config.vocab_size)
     with processes.together():
-        files.begin(settings, reader.about["metrics_bytes"] if reader is not None else 0)
-    return Prepared(config, ffn_experts, start, corpus, reader)
+        files.begin(settings, reader)
+    return Prepared(config, ffn_experts, start, corpus, files.tokenizer.read_bytes(), reader)
 
 
 def _encoded(
-    settings: Settings, files: Files, start: Path | None, config: LongcatFlashConfig | None, *, anew: bool
+    settings: Settings,
+    files: Files,
+    start: Path | None,
+    config: LongcatFlashConfig | None,
+    texts: list[str],
+    reader: Reader | None,
 ) -> Corpus:
-    """The text in tokens, which is written as well, and a tokenizer beside it if there is none or `anew`."""
-    texts = data.read_texts(data.text_files(settings.data.paths))
+    """The text in tokens, which is written as well, and without a state to go on from (`reader`) a new tokenizer."""
     with files.writing("the tokenizer or the encoded text"):
-        files.out.mkdir(parents=True, exist_ok=True)
-        if anew or not files.tokenizer.exists():
+        if reader is None:
             state.write_bytes(files.tokenizer, _tokenizer_json(settings, start, texts))
+        elif _sha256(files.tokenizer) != reader.about["tokenizer"]:
+            raise StateError(
+                f"{files.tokenizer}: damaged (its bytes are not those that were written); put it back, as the export "
+                "has it"
+            )
         tokenizer = data.load_tokenizer(files.tokenizer)
         end = tokenizer.token_to_id(END_OF_TEXT) if config is None else end_of(config)
-        return data.encode(texts, tokenizer, settings.data.heldout, end, files.corpus)
+        fingerprint = data.fingerprint_of(texts, tokenizer, settings.data.heldout, end)
+        if reader is not None and fingerprint != reader.about["corpus"]:
+            raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
+        known = None
+        with suppress(*() if reader is not None else (StateError,)):  # of no run yet: made anew
+            known = data.read_cache(files.corpus)
+        if known is None or known.fingerprint != fingerprint:
+            known = data.encode(texts, tokenizer, settings.data.heldout, end, files.corpus)
+    if reader is not None and known.sha256 != reader.about["tokens"]:
+        raise StateError(f"{files.corpus}: damaged (not the tokens of the state); remove it")
+    return known
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -5,6 +5,7 @@ E FFN experts, Z zero experts, K choices a token, K_e FFN experts a token wanted
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -45,8 +46,8 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
     Under `settings.run.out` it writes settings.json, tokenizer.json, corpus.safetensors (the encoded text),
     metrics.jsonl, states/, and export/: the checkpoint that was best on the held-out text, which for a run that begins
     with a trained model may be that model, scored before the first step. Each is whole or not there.
-    The same settings give the same numbers, also when a run was killed and resumed: what a step computes depends on
-    the state before it and on the seed. When that holds to the bit is in docs/train.md, "To the bit".
+    The same settings give the same numbers, on a CPU to the bit, also when a run was killed and resumed: what a step
+    computes depends on the state before it and on the seed.
 
     SIGINT and SIGTERM end the run after the step: its state is saved. Another SIGINT raises KeyboardInterrupt at once.
 
@@ -105,9 +106,9 @@ class Trainer:
         self.K_e = prepared.ffn_experts
         self.E, self.Z, self.K = config.n_routed_experts, config.zero_expert_num or 0, config.moe_topk
         with processes.together():
-            self.companions = companions(settings, prepared.start)
+            self.companions = companions(settings, prepared.start) | {"tokenizer.json": prepared.tokenizer}
             self.model = build(config, train.seed, prepared.start if reader is None else None)
-        self.parameters = count_parameters(self.model.config, self.K_e)
+        self.parameters = count_parameters(self.model, self.K_e)
         if train.checkpoint_activations:
             checkpoint_activations(self.model)
         self.wrapped = processes.wrap(self.model)
@@ -277,7 +278,7 @@ class Trainer:
                 export(
                     self.model,
                     self.files.export,
-                    self.companions | {"tokenizer.json": self.files.tokenizer.read_bytes()},
+                    self.companions,
                     layout=run.layout,
                     dtype=getattr(torch, run.export_dtype),
                     writes=self.ranks.first,
@@ -308,8 +309,10 @@ class Trainer:
             about = {
                 "settings": self.settings.that_decide(),
                 "corpus": self.corpus.fingerprint,
+                "tokens": self.corpus.sha256,
+                "tokenizer": hashlib.sha256(self.companions["tokenizer.json"]).hexdigest(),
                 "progress": vars(self.progress),
-                "metrics_bytes": self.files.metrics_bytes(),
+                **self.files.metrics_so_far(),
             }
             path = writer.finish(about, self.settings.run.keep)
         self._tell({"kind": "saved", "step": self.progress.step, "path": str(path)})

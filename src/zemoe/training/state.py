@@ -1,7 +1,7 @@
 """The states of a run on disk: each whole or not there, whatever ends the process while it is written.
 
 A state is a folder `step-00000100` of safetensors files and, written last, `state.json` with what they must be. It is
-made under another name and renamed, and renamed before it is deleted.
+made under another name and renamed, and renamed before it is deleted. `state.json` has a digest of itself too.
 """
 
 from __future__ import annotations
@@ -57,6 +57,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` of JSON."""
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of all else in it, which `unsealed` checks."""
+    plain = json.loads(json.dumps(value))
+    return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
+def unsealed(value: Any) -> dict[str, Any]:
+    """What `sealed` was given; ValueError if it is not that any more."""
+    if not isinstance(value, dict) or "sha256" not in value:
+        raise ValueError("it has no digest; this version of zemoe train did not write it")
+    plain = {key: part for key, part in value.items() if key != "sha256"}
+    if sealed(plain) != value:
+        raise ValueError("its content is not what was written")
+    return plain
 
 
 def remove(path: Path) -> None:
@@ -158,7 +174,7 @@ class Writer:
         if self.writes:
             self._flush()
             with self._writing():
-                write_json(self.unfinished / _ABOUT, {**about, "step": self.step, "files": self.files})
+                write_json(self.unfinished / _ABOUT, sealed({**about, "step": self.step, "files": self.files}))
                 sync(self.unfinished)
                 if final.exists():  # of a run that went the same way before
                     remove(final)
@@ -185,7 +201,7 @@ class Reader:
         self.step = steps(folder)[-1]
         self.path = _path(folder, self.step)
         try:
-            self.about: dict[str, Any] = read_json(self.path / _ABOUT)
+            self.about = unsealed(read_json(self.path / _ABOUT))
             expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in self.about["files"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._damaged(_ABOUT, str(error)) from None
