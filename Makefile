@@ -11,7 +11,7 @@ SGLANG := .venv-sglang
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-vllm vllm-minors test-sglang test-gpu sglang bench check clean
+.PHONY: run environments test test-oldest test-vllm vllm-minors test-sglang test-gpu check-arch sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -60,6 +60,10 @@ $(SGLANG)/0.5.%: $(SGLANG)/.ready
 GPU_TESTS := $(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py)
 test-gpu:
 	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P 8 -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
+
+# Compiles every kernel at every tile size for every GPU that we name, without one; ALL=1 in all variants, which takes long.
+check-arch: $(READY)
+	ALL=$(ALL) $(BIN)/python tests/check_arch.py
 
 # Reads SGLang's wheels, of the versions that docs/sglang.md names, without installing them; renews tests/sglang_facts.json.
 WHEELS := $(VENV)/sglang

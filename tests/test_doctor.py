@@ -54,6 +54,9 @@ def test_text(capsys):
     assert err == "" and "\x1b" not in out
     for line in ("versions", "devices", f"zemoe         {zemoe.__version__}"):
         assert line in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "triton tuned: 9.0 (H100, H200)" in lines
+    assert any(line.startswith("triton compiled, not tuned: 8.0 (A100), 8.6 (A10, RTX 30), 8.9") for line in lines)
     assert out.count("chosen, the first that works") == 3 * len(doctor.usable_devices())
     assert "FAILED" not in out
 

@@ -7,54 +7,88 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zemoe.kernels.triton import gpus
+from zemoe.kernels.triton.gpus import GPUS, HOPPER, Gpu
 from zemoe.kernels.triton.tiles import (
+    Product,
     backward_schedule,
     max_tiles,
     rows_of_products,
     rows_per_tile,
     schedule,
-    takes_large_tiles,
+    training_rows_per_tile,
 )
 
-HOPPER, AMPERE, SMALL_BLACKWELL = (9, 232448), (8, 166912), (12, 101376)  # compute capability, bytes a block may have
 ITEM = 2  # bytes of an element
 
 
-def pretend(monkeypatch, gpu: tuple[int, int]) -> None:
-    major, memory = gpu
-    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=memory, multi_processor_count=100)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+@pytest.fixture
+def pretend(monkeypatch):
+    """Tensors without memory are on a GPU of the given kind."""
+
+    def as_if(gpu: Gpu) -> None:
+        properties = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(gpus, "_gpu", lambda _: gpu)
+
+    return as_if
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, AMPERE, SMALL_BLACKWELL])
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: str(gpu.capability))
 @pytest.mark.parametrize("T", [1, 8, 64, 512, 1024, 4096, 16384])
 @pytest.mark.parametrize(("E", "Z", "I", "H"), [(256, 128, 1024, 3072), (64, 32, 1024, 2048), (8, 0, 37, 111)])
-def test_tiles_fit_the_shared_memory(monkeypatch, gpu, T, E, Z, I, H) -> None:
-    pretend(monkeypatch, gpu)
+def test_tiles_fit_the_shared_memory(pretend, gpu, T, E, Z, I, H) -> None:
+    """By what their stages hold; `make check-arch` compiles them."""
+    pretend(gpu)
     K = 8
     block_m = rows_per_tile(T, K, E + Z)
-    # Weights on "meta" take no memory, but are on no GPU that could be asked.
-    monkeypatch.setattr("zemoe.kernels.triton.tiles.takes_large_tiles", lambda _: gpu == HOPPER)
     w13, w2 = torch.empty(E, 2 * I, H, device="meta"), torch.empty(E, H, I, device="meta")
     how = schedule(block_m, T, K, w13, w2)
     assert (how.gate_up.block_m, how.down.block_m) == rows_of_products(block_m)
-    assert not (how.gate_up.tma or how.down.tma) or (gpu == HOPPER and H % 8 == I % 8 == 0)
+    large = gpu.capability in ((9, 0), (10, 0))
+    assert not (how.gate_up.tma or how.down.tma) or (large and H % 8 == I % 8 == 0)
     if T > 1:
         for product, weight_rows in ((how.gate_up, 2 * how.gate_up.block_n), (how.down, how.down.block_n)):
             stage = ITEM * product.block_k * (product.block_m + weight_rows)
-            assert stage * product.stages <= gpu[1]
+            assert stage * product.stages <= gpu.shared_memory
         back = backward_schedule(block_m, w13, w2)
         assert back.preact.block_m == back.rows.block_m == how.down.block_m  # one list of tiles serves all three
         for product in (back.preact, back.weight, back.rows):
-            assert ITEM * product.block_k * (product.block_m + product.block_n) * product.stages <= gpu[1]
+            stage = ITEM * product.block_k * (product.block_m + product.block_n)
+            assert stage * product.stages <= gpu.shared_memory
 
 
-def test_large_tiles_are_for_hopper_and_newer_with_its_memory(monkeypatch) -> None:
-    cuda = torch.device("cuda")
-    for gpu, large in ((HOPPER, True), (AMPERE, False), (SMALL_BLACKWELL, False), ((10, 232448), True)):
-        pretend(monkeypatch, gpu)
-        assert takes_large_tiles(cuda) == large
-    assert takes_large_tiles(torch.device("cpu"))  # Triton's interpreter
+# (T of LongCat-Flash-Lite's layer, K = 12, A = 384): what was measured on an H100, docs/gpu.md.
+ON_HOPPER = {
+    1: (Product(1, 1, 1024, 8, 1, False), Product(1, 1, 512, 1, 1, False)),
+    64: (Product(16, 32, 256, 4, 3, True), Product(16, 32, 256, 4, 3, True)),
+    512: (Product(32, 64, 128, 4, 3, True), Product(32, 64, 128, 4, 3, True)),
+    1024: (Product(64, 64, 128, 4, 3, True), Product(64, 128, 128, 4, 2, True)),
+    2048: (Product(192, 128, 32, 8, 5, True), Product(128, 128, 128, 8, 3, True)),
+    6000: (Product(128, 128, 64, 8, 4, True), Product(128, 256, 64, 8, 4, True)),
+    16384: (Product(192, 128, 32, 8, 5, True), Product(128, 256, 64, 8, 4, True, 132, True)),
+}
+TRAINED_ON_HOPPER = {
+    64: (Product(16, 64, 128, 4, 3, True), Product(128, 128, 16, 8, 3, False), Product(16, 64, 128, 4, 3, True)),
+    1024: (Product(64, 128, 64, 4, 3, True), Product(128, 128, 64, 8, 3, False), Product(64, 128, 64, 4, 3, True)),
+    16384: (
+        Product(128, 256, 64, 8, 4, True),
+        Product(128, 256, 64, 8, 3, False),
+        Product(128, 256, 64, 8, 4, True, 132, True),
+    ),
+}
+
+
+def test_what_was_tuned_stays(pretend) -> None:
+    """Hopper's choices are measurements: other GPUs don't change them."""
+    pretend(HOPPER)
+    w13, w2 = torch.empty(256, 2048, 3072, device="meta"), torch.empty(256, 3072, 1024, device="meta")
+    for T, wanted in ON_HOPPER.items():
+        how = schedule(rows_per_tile(T, 12, 384), T, 12, w13, w2)
+        assert (how.gate_up, how.down) == wanted, T
+    for T, wanted in TRAINED_ON_HOPPER.items():
+        back = backward_schedule(training_rows_per_tile(T, 12, 384), w13, w2)
+        assert (back.preact, back.weight, back.rows) == wanted, T
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import __version__, reference
 from .affine import AffineParams
 from .experts import BACKENDS, fused_experts, resolve_backend
+from .kernels.triton import gpus
 from .versions import TESTED, is_tested, range_of
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy", "vllm", "sglang")
@@ -54,6 +55,12 @@ def device_name(device: str) -> str:
         return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
     name_of = getattr(torch.get_device_module(device), "get_device_name", None)
     return name_of(device) if name_of else device  # torch.mps has no names
+
+
+def _described(device: str) -> str:
+    """Name of a device, and whether the kernels of the triton backend were tuned on its kind."""
+    name = device_name(device)
+    return f"{name}; {gpus.about(torch.device(device))}" if device.startswith("cuda") else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +165,7 @@ def self_test() -> list[Check]:
         layer = _Layer(dtype)
         exact, own = layer.by_reference(torch.float64), layer.by_reference(dtype)
         for device in usable_devices():
+            torch.empty(0, device=device)  # what a GPU can run is asked of one that is in use
             chosen = resolve_backend(device, dtype).name
             for name in BACKENDS:
                 where: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "backend": name}
@@ -180,7 +188,11 @@ def examine() -> dict[str, Any]:
         "versions": installed,
         "tested": {package: range_of(package) for package in TESTED},
         "untested": [name for name in TESTED if (version := installed[name]) and not is_tested(name, version)],
-        "devices": {device: device_name(device) for device in usable_devices()},
+        "devices": {device: _described(device) for device in usable_devices()},
+        "gpus": [
+            {"capability": f"{gpu.capability[0]}.{gpu.capability[1]}", "examples": gpu.examples, "tuned": gpu.tuned}
+            for gpu in gpus.GPUS
+        ],
         "threads": {"torch": torch.get_num_threads(), "processors": os.cpu_count()},
         "backends": {name: backend.about for name, backend in BACKENDS.items()},
         "checks": [asdict(check) for check in checks],

@@ -180,6 +180,13 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
 
 
+def _lacks(device: torch.device | str) -> str:
+    """What a CUDA device lacks to run our kernels. Asked only where CUDA is in use, and not while code is traced."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return ""  # asking would initialise CUDA, and a process that did may not fork
+    return ops_triton.why_not(torch.device(device))
+
+
 def resolve_backend(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -208,6 +215,8 @@ def resolve_backend(
             reasons.append(f"{needs} a dtype of {backend.dtypes}, got {dtype}")
         elif backend.missing is not None:
             reasons.append(f"{needs} the package {backend.missing}: pip install 'zemoe[{backend.missing}]'")
+        elif backend.name == "triton" and _lacks(device):
+            reasons.append(f"{needs} {_lacks(device)}")
         elif backend.most_experts is not None and num_experts > backend.most_experts:
             reasons.append(f"{needs} num_experts <= {backend.most_experts}, got {num_experts}")
         elif planned and backend.moe_ffn is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .kernels.triton import tiles as tile_sizes
+from .kernels.triton.gpus import gpu_of, why_not
 from .ops import define, without_autocast
 
 HAS_TRITON = find_spec("triton") is not None
@@ -28,8 +29,13 @@ training_rows_per_tile = tile_sizes.training_rows_per_tile
 
 
 def can_run(tensor: Tensor) -> bool:
-    """Whether these operators may take the tensor: on a CUDA device, with triton, outside of forward-mode AD."""
-    return HAS_TRITON and tensor.device.type == "cuda" and forward_ad._current_level < 0
+    """Whether these operators may take the tensor: on a GPU that runs them, with triton, outside of forward-mode AD."""
+    return (
+        HAS_TRITON
+        and tensor.device.type == "cuda"
+        and forward_ad._current_level < 0
+        and (torch.compiler.is_compiling() or not why_not(tensor.device))  # traced, an operator refuses when it runs
+    )
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:
@@ -41,6 +47,7 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 
     def register(kernel: Callable) -> Callable:
         def on_its_device(first: Tensor, *args):
+            gpu_of(first.device)  # refuses one that can't run them
             index = first.get_device()
             for other in args:
                 if isinstance(other, Tensor) and other.get_device() != index:

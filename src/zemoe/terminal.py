@@ -200,6 +200,9 @@ def findings(found: dict[str, Any]) -> list[Table]:
     devices = _table("devices")
     for name, about in found["devices"].items():
         devices.add_row(name, Text(about))
+    for tuned, what in ((True, "tuned"), (False, "compiled, not tuned")):
+        parts = [f"{gpu['capability']} ({gpu['examples']})" for gpu in found["gpus"] if gpu["tuned"] == tuned]
+        devices.add_row("triton", Text(f"{what}: {', '.join(parts)}", style="dim"))
     results = _table("backends and their self-test")
     for check in found["checks"]:
         why, verdict = Text(check["why"], style="" if check["usable"] else "dim"), Text()

@@ -7,14 +7,12 @@ which programs that wait beside others that work cost more than they save (docs/
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...versions import warn_if_untested
+from .gpus import gpu_of
 
 warn_if_untested("triton", triton.__version__)
 
@@ -32,13 +30,8 @@ def begin(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@cache
-def _can_overlap(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def launch_options(tensor: Tensor, num_tokens: int) -> dict[str, bool]:
     """What each launch on the device of `tensor` is given; on a CPU Triton's interpreter runs the kernels."""
-    if num_tokens <= _MOST_TOKENS and tensor.is_cuda and _can_overlap(tensor.device):
+    if num_tokens <= _MOST_TOKENS and tensor.is_cuda and gpu_of(tensor.device).overlaps:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}

@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .gpus import gpu_of
 from .launch import begin, launch_options
-from .tiles import cdiv, next_power_of_2, takes_large_tiles
+from .tiles import cdiv, next_power_of_2
 
 _FLOAT16_MAX = tl.constexpr(65504.0)
 _BFLOAT16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -60,8 +61,11 @@ class Way(NamedTuple):
     stages: int
 
 
-def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool) -> Way:
+def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool, wide: bool = True) -> Way:
     """The way for a shape; `blocks`: x and a [R, H] 16-bit matrix can be read in large blocks by the copy engine.
+
+    wide: a program may take 256 slots. Where products work in tensor memory, sums of 128 x 256 and two kinds of x don't
+    fit into its 512 columns.
 
     Timed on an H100 (132 processors), bfloat16 x, W out of the cache, R x H = 768 x 6144 / 384 x 3072 / 96 x 2048, in
     microseconds; slices are not summed here, which takes 2 to 3 more (6 at T = 2048):
@@ -80,7 +84,7 @@ def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool) -> Way:
         rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
         return Way("one", block_t, rows, min(columns, next_power_of_2(H)), 1, 4, 1)
     if T * R >= 1024 * 768 and blocks:
-        if cdiv(R, 256) * 256 < 1.15 * R:
+        if wide and cdiv(R, 256) * 256 < 1.15 * R:
             # Shared memory is full with 3 blocks of both parts and 2 of bfloat16 x; float16 x needs as many as parts.
             stages = 3 if dtype == torch.bfloat16 else 2
             slices = 132 // (cdiv(T, 128) * cdiv(R, 256))
@@ -300,7 +304,8 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     if T == 0:
         return weight_RH.new_empty((1, 0, R))
     aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
-    way = way or choose_way(T, R, H, x_TH.dtype, aligned and takes_large_tiles(x_TH.device))
+    gpu = gpu_of(x_TH.device)
+    way = way or choose_way(T, R, H, x_TH.dtype, aligned and gpu.takes_large_tiles, not gpu.tensor_memory)
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
     options = launch_options(x_TH, len(x_TH))
     launch = {"num_warps": way.warps, "num_stages": way.stages, **options}

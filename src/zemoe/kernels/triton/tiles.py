@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of a program, on Hopper.
-_SHARED_MEMORY = 227 * 1024
+from .gpus import gpu_of
 
 
 @dataclass(frozen=True)
@@ -97,19 +96,11 @@ def rows_of_products(block_m: int) -> tuple[int, int]:
     return block_m, min(block_m, 128)
 
 
-def takes_large_tiles(device: torch.device) -> bool:
-    """Whether a GPU has the shared memory of Hopper's, and tensor descriptors; Triton's interpreter takes any tile."""
-    if device.type != "cuda":
-        return True
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 9 and properties.shared_memory_per_block_optin >= _SHARED_MEMORY
-
-
 def _takes_descriptors(w13: Tensor, w2: Tensor) -> bool:
     """Whether a descriptor's rows, which must be multiples of 16 bytes and start at one, are so; and the device."""
     _, H, I = w2.shape
     aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
-    return aligned and takes_large_tiles(w13.device)
+    return aligned and gpu_of(w13.device).takes_large_tiles
 
 
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
