@@ -11,7 +11,13 @@ import torch.multiprocessing as mp
 
 from judge import judge
 from zemoe import MoE, MoEConfig, Routing, observe, reference, select_experts
-from zemoe.balance import ffn_experts_per_token, longcat_balance_loss, slot_counts, update_longcat_bias_
+from zemoe.balance import (
+    ffn_experts_per_token,
+    longcat_balance_loss,
+    slot_counts,
+    update_deepseek_bias_,
+    update_longcat_bias_,
+)
 from zemoe.scores import SCORES
 
 E, Z, K = 8, 4, 3
@@ -223,12 +229,22 @@ class TestLongcatBias:
         update_longcat_bias_(bias, counts, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1)
         assert layer.router.e_score_correction_bias is bias and bias[:E].abs().sum() > 0 and not bias.requires_grad
 
-    def test_no_choices_counted(self):
-        bias = torch.zeros(A)
-        update_longcat_bias_(
-            bias, torch.zeros(A, dtype=torch.int64), num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1
-        )
-        assert bias.isfinite().all()
+    def test_a_batch_in_which_no_token_counts_changes_nothing(self):
+        bias = torch.randn(A, generator=torch.Generator().manual_seed(2))
+        before, none = bias.clone(), slot_counts(routing_of(5).topk_ids_TK, A, mask_T=torch.zeros(5, dtype=torch.bool))
+        update_longcat_bias_(bias, none, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1)
+        assert torch.equal(bias, before)
+        update_deepseek_bias_(bias, none, num_experts=E, rate=0.1)
+        assert torch.equal(bias, before)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+    def test_a_bias_without_room_for_small_steps_is_refused(self, dtype):
+        bias, counts = torch.ones(A, dtype=dtype), torch.ones(A)
+        with pytest.raises(ValueError, match=f"e_score_correction_bias must be float32.*{dtype}"):
+            update_longcat_bias_(bias, counts, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1)
+        with pytest.raises(ValueError, match=f"e_score_correction_bias must be float32.*{dtype}"):
+            update_deepseek_bias_(bias, counts, num_experts=E, rate=0.1)
+        assert (bias == 1).all()
 
     def test_refused(self):
         with pytest.raises(ValueError, match=r"e_score_correction_bias.*8.*12.*9"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import FineGrainedFP8Config, LongcatFlashForCausalLM
 
 import transformers_shared
 import zemoe.integrations.transformers as bridge
+from tiny_checkpoint import BLOCK, write_fp8
 from transformers_shared import assert_ours, logits_of
 from zemoe.checkpoint import INDEX_NAME, CheckpointError, verify
 from zemoe.checkpoint_fp8 import SUFFIX, dequantize, save_dequantized, stream_dequantized, verify_quantized
@@ -24,42 +24,12 @@ ids = transformers_shared.ids
 stock = transformers_shared.stock
 folders = transformers_shared.folders
 
-BLOCK = (20, 16)  # divides no width of the tiny model but 40, and no hidden size but 32
-
-
-def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weight in FP8, its factors, and what they stand for: block by block, as a loop."""
-    rows, columns = weight.shape
-    factors = torch.empty(math.ceil(rows / BLOCK[0]), math.ceil(columns / BLOCK[1]))
-    stored, meant = torch.empty_like(weight), torch.empty_like(weight)
-    for i in range(factors.shape[0]):
-        for j in range(factors.shape[1]):
-            part = (slice(i * BLOCK[0], (i + 1) * BLOCK[0]), slice(j * BLOCK[1], (j + 1) * BLOCK[1]))
-            factors[i, j] = weight[part].abs().max() / 448
-            stored[part] = (weight[part] / factors[i, j]).to(torch.float8_e4m3fn).float()
-            meant[part] = stored[part] * factors[i, j]
-    return stored.to(torch.float8_e4m3fn), factors, meant
-
 
 @pytest.fixture(scope="module")
 def fp8(folders, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A folder in the published layout, all factors in a file of their own; and the plain tensors that it means."""
-    folder = tmp_path_factory.mktemp("fp8")
-    meant, weights, factors = {}, {}, {}
-    for name, tensor in load_file(folders["original"] / "model.safetensors").items():
-        if "_proj" in name:
-            weights[name], factors[name + SUFFIX], meant[name] = quantized(tensor)
-        else:
-            weights[name] = meant[name] = tensor
-    files = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": factors}
-    for file, tensors in files.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    where = {name: file for file, tensors in files.items() for name in tensors}
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    config = json.loads((folders["original"] / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, meant
+    folder = tmp_path_factory.mktemp("fp8") / "model"
+    return folder, write_fp8(folders["original"], folder)
 
 
 def test_every_weight_is_dequantized(fp8):

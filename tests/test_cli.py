@@ -296,7 +296,10 @@ def only_config(folder):
     ("damage", "said"),
     [
         (damage_config, "config.json: model_type must be 'longcat_flash'"),
-        (set_config(rope_parameters={"rope_type": "spiral"}), "config.json: rope_type must be one of default, "),
+        (
+            set_config(rope_parameters={"rope_type": "spiral"}),
+            "rope_parameters: rope_type must be one of default, ",
+        ),
         (set_config(rope_parameters={"rope_type": "yarn"}), "factor"),
         (set_config(head_dim=6), "config.json: head_dim must be qk_rope_head_dim = 8"),
         (set_config(num_key_value_heads=1), "config.json: num_key_value_heads must be num_attention_heads = 2"),
@@ -305,7 +308,7 @@ def only_config(folder):
         (set_config(num_hidden_layers="two"), "config.json"),
         (set_config(eos_token_id={}), "eos_token_id"),
         (set_config(dtype="float99"), "float99"),
-        (set_config(dtype=32), "config.json: dtype must be the name of a dtype"),
+        (set_config(dtype=32), "config.json: dtype must be the name of a float dtype"),
         (empty_model_in_tokenizer, "tokenizer.json: does not work as a tokenizer ("),
         (damage_weights, "truncated"),
         (only_config, "model.safetensors: no such file"),

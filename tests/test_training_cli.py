@@ -10,11 +10,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import training_records as records
 from judge import one_thread
 from test_cli_process import assert_clean, on_terminal  # noqa: F401, a fixture
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import write_checkpoint, write_fp8
 from zemoe.cli import main
 from zemoe.training import report
 from zemoe.training.command import FINE_TUNE, TrainRequest, settings_of
@@ -91,6 +93,58 @@ def test_a_new_model_from_text_alone(train, tmp_path):
     code, out, _ = train(start=None, sets=sets)
     assert code == 0 and "1 layers, 3 of 4 FFN and 2 zero experts" in out
     assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())["hidden_size"] == 16
+
+
+@pytest.mark.parametrize("number", ["model.num_layers=1000000000", "model.n_routed_experts=1000000000"])
+def test_a_model_that_fits_into_no_memory(train, number):
+    for arguments in ((), ("--dry-run",)):
+        code, out, err = train(*arguments, start=None, sets=[number, "model.vocab_size=300"])
+        assert (code, out) == (2, "")
+        assert re.match(r"zemoe: error: model: [\d,]+ GB of weights don't fit into this machine's memory of \d+", err)
+
+
+def test_more_tokens_than_the_text_can_have(train, tmp_path):
+    """The library that trains the tokenizer would set memory aside for all of them."""
+    assert train(start=None, sets=["model.vocab_size=4000000000", "train.steps=1"], data=text_of(tmp_path))[0] == 0
+    assert json.loads((tmp_path / "run" / "export" / "config.json").read_text())["vocab_size"] < 1000
+
+
+def text_of(folder: Path) -> Path:
+    (folder / "words.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "words.txt"
+
+
+def test_an_fp8_checkpoint_is_a_start_and_writes_text(train, checkpoint, tmp_path, capsys):
+    meant = write_fp8(checkpoint, tmp_path / "fp8")
+    code, _, err = train("--set", "train.steps=1", "--set", "train.learning_rate=1e-30", start=tmp_path / "fp8")
+    assert (code, err) == (0, "")
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    for name, tensor in meant.items():
+        if not name.endswith("bias"):  # which the controller moves
+            torch.testing.assert_close(exported[name], tensor, rtol=1e-5, atol=1e-6)
+    plain = shutil.copytree(checkpoint, tmp_path / "plain")
+    save_file(meant, plain / "model.safetensors", metadata={"format": "pt"})
+    texts = []
+    for folder in (tmp_path / "fp8", plain):
+        arguments = f"generate --model {folder} --dtype float32 --json --max-new-tokens 9 --seed 1"
+        assert main(arguments.split(" ")) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1]
+    assert train("--dry-run", start=tmp_path / "fp8", out=tmp_path / "other")[0] == 0
+
+
+def test_what_belongs_to_a_checkpoint_stays_with_it(train, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    beside = {"chat_template.jinja": "{{ messages }}", "special_tokens_map.json": "{}", "tokenizer_config.json": "{}"}
+    beside |= {"generation_config.json": "{}", "additional_chat_templates/tool.jinja": "{{ tools }}", "LICENSE": "mine"}
+    (folder / "additional_chat_templates").mkdir()
+    for name, content in beside.items():
+        (folder / name).write_text(content)
+    (folder / "optimizer.pt").write_text("not of the model")
+    assert train("--set", "train.steps=1", start=folder)[0] == 0
+    export = tmp_path / "run" / "export"
+    assert {name: (export / name).read_text() for name in beside} == beside
+    assert not (export / "optimizer.pt").exists()
 
 
 def test_the_folder_of_a_run_is_kept(train, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import training_records as records
+from zemoe.cli import main
 from zemoe.training import report
 from zemoe.training.report import Metrics, ReportError, draw, read_metrics
 
@@ -54,6 +56,32 @@ def test_garbage_between_lines(tmp_path):
     write(tmp_path, [records.run(), *odd[:3], records.train(10), *odd[3:], records.train(20)])
     found = read_metrics(tmp_path)
     assert (steps(found.train), found.unreadable) == ([10, 20], 6)
+
+
+def broken(record: dict) -> Iterator[dict]:
+    """Without one of its entries, or with one that is something else, also in a layer."""
+    for key in record.keys() - {"kind", "versions", "balance_loss", "grad_norm", "max_over_mean_load", "dead_experts"}:
+        yield {name: value for name, value in record.items() if name != key}
+        for value in ([], {}, "x\x1b", 10**400, 1e300, True if key != "best" else 1):
+            if not (isinstance(record[key], str) and isinstance(value, str)) and not (
+                key == "by_layer" and value == []
+            ):
+                yield record | {key: value}
+    for key in ("zero_share", "bias_min", "bias_max", "bias_ffn_mean", "bias_zero_mean"):
+        for layer in record.get("by_layer", [])[:1]:
+            yield record | {"by_layer": [layer, {name: value for name, value in layer.items() if name != key}]}
+            yield record | {"by_layer": [layer | {key: "x"}]}
+
+
+@pytest.mark.parametrize("kind", ["run", "train", "eval"])
+def test_a_record_that_lacks_something_is_left_out_and_counted(tmp_path, kind):
+    good = {"run": records.run(), "train": records.train(10), "eval": records.evaluation(10, True, 1.5)}
+    whole = list(good.values())
+    bad = list(broken(good[kind]))
+    assert len(bad) > 20
+    write(tmp_path, [*whole, *bad])
+    assert read_metrics(tmp_path) == Metrics(whole[0], whole[1:2], whole[2:], len(bad))
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_what_a_resumed_run_did_again_counts_once(tmp_path):
@@ -171,8 +199,9 @@ def test_layers(drawn, tmp_path):
 
 
 def test_no_aim_no_evaluation_and_gaps(drawn, tmp_path):
-    hole = records.train(20, ffn_experts=None, ffn_experts_std=None, bits_per_byte=math.nan)
-    write(tmp_path, [records.run(k_e=None), records.train(10), hole, records.evaluation(20, False, math.nan)])
+    hole = records.train(20, ffn_experts=None, ffn_experts_std=None, bits_per_byte=None)
+    unscored = records.evaluation(20, False, 1.0) | {"heldout_bits_per_byte": None, "heldout_loss": None}
+    write(tmp_path, [records.run(k_e=None), records.train(10), hole, unscored])
     draw(tmp_path)
     found = lines(drawn["ffn_experts.png"])
     assert list(found) == ["mean a token"] and math.isnan(found["mean a token"][1][1])

@@ -98,7 +98,7 @@ def store(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
         files = {"model.safetensors": names}
     else:
         weight_map = {name: file for file, held in files.items() for name in held}
-        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for file, held in files.items():
         save_file({name: tensors[name].contiguous() for name in held}, folder / file, metadata={"format": "pt"})
 

@@ -72,9 +72,9 @@ def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in one.items() if k not in clock} for one in found if one["kind"] in kinds]
 
 
-def whole_run(folder: Path) -> SimpleNamespace:
+def whole_run(folder: Path, *overrides: str) -> SimpleNamespace:
     """A run from its first step to its last, never stopped; what the others are compared with."""
-    settings, told = settings_for(folder, "out", "run.keep=3"), []
+    settings, told = settings_for(folder, "out", "run.keep=3", *overrides), []
     with one_thread():
         end = run.train(settings, resume=False, listener=told.append)
     return SimpleNamespace(folder=folder, out=folder / "out", settings=settings, told=told, end=end)

@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LongcatFlashForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -20,6 +21,11 @@ PLANS = {
     "fsdp_size": {"fsdp_size": 2},
     "experts": {"tp_size": 2, "ep_size": 2, "ep_plan": EP_PLAN},  # attention and dense layers by tensor parallelism
 }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, on every rank: transformers 5.19 keeps parameters of a mesh as DTensors, and so their gradients."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def main(rank: str, port: str, checkpoint: str, result: str, plan: str) -> None:
@@ -34,15 +40,15 @@ def main(rank: str, port: str, checkpoint: str, result: str, plan: str) -> None:
         without = model(tiny_ids()).logits
     layer = model.model.layers[0]
     found = {
-        "logits": logits.detach(),
-        "logits without gradients": without,
+        "logits": whole(logits),
+        "logits without gradients": whole(without),
         "class": type(layer.mlp.experts).__name__,
         "local_gate_up": tuple(layer.mlp.experts.gate_up_proj.to_local().shape),
     }
     if plan != "fsdp_size":
         logits.square().mean().backward()
-        found["router"] = layer.mlp.router.classifier.weight.grad
-        found["norm"] = layer.post_attention_layernorm[0].weight.grad
+        found["router"] = whole(layer.mlp.router.classifier.weight.grad)
+        found["norm"] = whole(layer.post_attention_layernorm[0].weight.grad)
     if rank == "0":
         torch.save(found, result)
     torch.distributed.destroy_process_group()

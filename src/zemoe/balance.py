@@ -307,21 +307,23 @@ def update_longcat_bias_(
 ) -> None:
     """LongCat-Flash's controller, once a global batch: b_i += mu (K_e / (K E) - n_i / (K T)) for FFN experts, in place.
 
-    It steers to K_e FFN experts a token, evenly spread; zero-computation slots stay as they are.
+    It steers to K_e FFN experts a token, evenly spread; zero-computation slots stay as they are. A batch in which no
+    token counts says nothing, and changes nothing.
 
     Args:
-        e_score_correction_bias: float32 [A] or [E], changed in place.
+        e_score_correction_bias: float32 (or float64) [A] or [E], changed in place.
         counts_A: [A] choices of each slot over the whole global batch (`slot_counts`).
         num_experts: E. top_k: K. ffn_experts_per_token: K_e, above 0 and at most K. rate: mu, at least 0.
 
     Raises:
-        ValueError: for a length, count or rate that does not fit, naming it; nothing has changed then.
+        ValueError: for a length, dtype, count or rate that does not fit, naming it; nothing has changed then.
     """
     _check_bias(e_score_correction_bias, counts_A, num_experts, rate)
     check_count("top_k", top_k, 1)
     _check_budget(ffn_experts_per_token, top_k, strict=False)
-    share_E = counts_A[:num_experts].double() / counts_A.sum().clamp(min=1)
-    step_E = rate * (ffn_experts_per_token / (top_k * num_experts) - share_E)
+    total = counts_A.sum().double()
+    share_E = counts_A[:num_experts] / total.clamp(min=1)
+    step_E = rate * (ffn_experts_per_token / (top_k * num_experts) - share_E) * (total > 0)
     e_score_correction_bias[:num_experts] += step_E.to(e_score_correction_bias.dtype)
 
 
@@ -349,6 +351,8 @@ def _check_bias(bias: Tensor, counts_A: Tensor, num_experts: int, rate: float) -
             f"e_score_correction_bias must have length E={num_experts} or A={counts_A.shape[0]}, "
             f"got {tuple(bias.shape)}"
         )
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"e_score_correction_bias must be float32, for steps are small, got {bias.dtype}")
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
         raise ValueError(f"rate must be a finite number of at least 0, got {rate!r}")
 

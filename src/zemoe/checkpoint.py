@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint_config import check_config
 from .regular_files import kind_of
 from .weight_files import (
     INDEX_NAME,
@@ -40,14 +41,9 @@ from .weight_files import (
     save_tensors,
 )
 
-_SIZES = (
-    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_topk", "n_routed_experts", "expert_ffn_hidden_size",
-)  # fmt: skip
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Multi-token prediction layers are published beside the model; old files also carry rotary frequencies.
 _NOT_OURS = re.compile(r"^model\.mtp\.|rotary_emb\.inv_freq$")
-_EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<which>gate|up|down)_proj\.weight$")
+_EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>[0-9]{1,9})\.(?P<which>gate|up|down)_proj\.weight$")
 _PACKED = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<which>gate_up|down)_proj$")
 
 
@@ -75,78 +71,78 @@ class Manifest:
         return sum(info.num_bytes for info in self.tensors.values())
 
 
-def check_config(config: Mapping[str, Any], source: str = "config.json") -> None:
-    """Raise CheckpointError unless `config` describes a LongCat-Flash model that transformers' code computes right."""
-
-    def refuse(key: str, needs: str) -> None:
-        raise CheckpointError(f"{source}: {key} must be {needs}, got {config.get(key)!r}")
-
-    def is_count(value: object, minimum: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-    if config.get("model_type") != "longcat_flash":
-        refuse("model_type", "'longcat_flash' (the supported architecture)")
-    for key in _SIZES:
-        if not is_count(config.get(key), 1):
-            refuse(key, "an integer >= 1")
-    if not is_count(config.get("zero_expert_num"), 0):
-        refuse("zero_expert_num", "an integer >= 0")
-    slots = config["n_routed_experts"] + config["zero_expert_num"]
-    if config["moe_topk"] > slots:
-        refuse("moe_topk", f"at most n_routed_experts + zero_expert_num = {slots}")
-    scale = config.get("routed_scaling_factor")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        refuse("routed_scaling_factor", "a finite number")
-    if config["qk_rope_head_dim"] % 2:
-        refuse("qk_rope_head_dim", "even")
-    # Rotary positions are made for head_dim, which defaults to 64, and used for qk_rope_head_dim.
-    if config.get("head_dim", 64) != config["qk_rope_head_dim"]:
-        refuse("head_dim", f"qk_rope_head_dim = {config['qk_rope_head_dim']} (64 if absent)")
-    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
-        refuse("num_key_value_heads", f"num_attention_heads = {config['num_attention_heads']}, or absent")
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
-    if rope_type not in _ROPE_TYPES:
-        raise CheckpointError(f"{source}: rope_type must be one of {', '.join(_ROPE_TYPES)}, got {rope_type!r}")
-    head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    if config.get("qk_head_dim", head_dim) not in (None, head_dim):
-        refuse("qk_head_dim", f"qk_nope_head_dim + qk_rope_head_dim = {head_dim}, or absent")
-    # Options that the published models don't use, and that transformers' LongCat-Flash reads past without a word.
-    if config.get("zero_expert_type", "identity") not in ("identity", "copy"):
-        refuse("zero_expert_type", "'identity' (all that LongCat-Flash in transformers computes)")
-    for key in ("router_bias", "norm_topk_prob"):
-        if config.get(key):
-            refuse(key, "false or absent (LongCat-Flash in transformers ignores it)")
-    for key in ("mla_scale_q_lora", "mla_scale_kv_lora"):
-        if config.get(key, True) is not True:
-            refuse(key, "true or absent (LongCat-Flash in transformers always scales)")
-    for key in ("dtype", "torch_dtype"):
-        if not isinstance(config.get(key), str | torch.dtype | None):
-            refuse(key, "the name of a dtype, or absent")
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{source}: quantization_config is set; quantized checkpoints are not supported")
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The checked config.json of a checkpoint folder. Raises CheckpointError."""
+def open_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder, whatever it says. Raises CheckpointError."""
     folder = Path(folder)
     if (kind := kind_of(folder)) != "a folder":
         kind = "missing" if kind == "nothing" else kind
         raise CheckpointError(f"{folder}: {kind}, expected a checkpoint folder with config.json and *.safetensors")
-    config = load_json(folder / "config.json")
-    check_config(config, str(folder / "config.json"))
+    return load_json(folder / "config.json")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked config.json of a checkpoint folder. Raises CheckpointError."""
+    config = open_config(folder)
+    check_config(config, str(Path(folder) / "config.json"))
     return config
 
 
-def _expert_shapes(config: Mapping[str, Any], layout: str) -> dict[str, tuple[int, ...]]:
+def _expert_shapes(config: Mapping[str, Any], layout: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     H, I = config["hidden_size"], config["expert_ffn_hidden_size"]
     E = config["n_routed_experts"]
     A = E + config["zero_expert_num"]
     if layout == "packed":
-        return {"gate_up_proj": (A, 2 * I, H), "down_proj": (E, H, I)}
-    rows = A if layout == "transformers" else E
-    shapes = {f"{e}.{which}_proj.weight": (I, H) for e in range(rows) for which in ("gate", "up")}
-    return shapes | {f"{e}.down_proj.weight": (H, I) for e in range(E)}
+        yield "gate_up_proj", (A, 2 * I, H)
+        yield "down_proj", (E, H, I)
+        return
+    for e in range(A if layout == "transformers" else E):
+        yield f"{e}.gate_proj.weight", (I, H)
+        yield f"{e}.up_proj.weight", (I, H)
+        if e < E:
+            yield f"{e}.down_proj.weight", (H, I)
+
+
+def _layer_shapes(config: Mapping[str, Any], layout: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A layer is two attention and two dense halves around one MoE."""
+    H, F = config["hidden_size"], config["ffn_hidden_size"]
+    q_rank, kv_rank, heads = config["q_lora_rank"], config["kv_lora_rank"], config["num_attention_heads"]
+    nope, rope, v_dim = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    A = config["n_routed_experts"] + config["zero_expert_num"]
+    yield "mlp.router.classifier.weight", (A, H)
+    yield "mlp.router.e_score_correction_bias", (A,)
+    attention: dict[str, tuple[int, ...]] = {
+        "q_a_proj.weight": (q_rank, H),
+        "q_a_layernorm.weight": (q_rank,),
+        "q_b_proj.weight": (heads * (nope + rope), q_rank),
+        "kv_a_proj_with_mqa.weight": (kv_rank + rope, H),
+        "kv_a_layernorm.weight": (kv_rank,),
+        "kv_b_proj.weight": (heads * (nope + v_dim), kv_rank),
+        "o_proj.weight": (H, heads * v_dim),
+    }
+    if config.get("attention_bias"):
+        attention |= {"q_a_proj.bias": (q_rank,), "kv_a_proj_with_mqa.bias": (kv_rank + rope,), "o_proj.bias": (H,)}
+    for half in ("0", "1"):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{norm}.{half}.weight", (H,)
+        for which in ("gate", "up"):
+            yield f"mlps.{half}.{which}_proj.weight", (F, H)
+        yield f"mlps.{half}.down_proj.weight", (H, F)
+        for name, shape in attention.items():
+            yield f"self_attn.{half}.{name}", shape
+    for name, shape in _expert_shapes(config, layout):
+        yield f"mlp.experts.{name}", shape
+
+
+def _shapes(config: Mapping[str, Any], layout: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape, one by one: a config may promise more layers and experts than there is memory for names."""
+    H, V = config["hidden_size"], config["vocab_size"]
+    yield "model.embed_tokens.weight", (V, H)
+    yield "model.norm.weight", (H,)
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight", (V, H)
+    for index in range(config["num_layers"]):
+        for name, shape in _layer_shapes(config, layout):
+            yield f"model.layers.{index}.{name}", shape
 
 
 def expected_shapes(config: Mapping[str, Any], layout: str = "original") -> dict[str, tuple[int, ...]]:
@@ -157,38 +153,16 @@ def expected_shapes(config: Mapping[str, Any], layout: str = "original") -> dict
     """
     if layout not in ("original", "transformers", "packed"):
         raise ValueError(f"layout must be 'original', 'transformers' or 'packed', got {layout!r}")
-    H, V, F = config["hidden_size"], config["vocab_size"], config["ffn_hidden_size"]
-    q_rank, kv_rank, heads = config["q_lora_rank"], config["kv_lora_rank"], config["num_attention_heads"]
-    nope, rope, v_dim = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    A = config["n_routed_experts"] + config["zero_expert_num"]
-    layer: dict[str, tuple[int, ...]] = {
-        "mlp.router.classifier.weight": (A, H),
-        "mlp.router.e_score_correction_bias": (A,),
-    }
-    layer |= {f"mlp.experts.{name}": shape for name, shape in _expert_shapes(config, layout).items()}
-    for half in ("0", "1"):  # a layer is two attention and two dense halves around one MoE
-        layer |= {f"{norm}.{half}.weight": (H,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        layer |= {f"mlps.{half}.{which}_proj.weight": (F, H) for which in ("gate", "up")}
-        layer[f"mlps.{half}.down_proj.weight"] = (H, F)
-        attention: dict[str, tuple[int, ...]] = {
-            "q_a_proj.weight": (q_rank, H),
-            "q_a_layernorm.weight": (q_rank,),
-            "q_b_proj.weight": (heads * (nope + rope), q_rank),
-            "kv_a_proj_with_mqa.weight": (kv_rank + rope, H),
-            "kv_a_layernorm.weight": (kv_rank,),
-            "kv_b_proj.weight": (heads * (nope + v_dim), kv_rank),
-            "o_proj.weight": (H, heads * v_dim),
-        }
-        if config.get("attention_bias"):
-            biased = {"q_a_proj": q_rank, "kv_a_proj_with_mqa": kv_rank + rope, "o_proj": H}
-            attention |= {f"{name}.bias": (size,) for name, size in biased.items()}
-        layer |= {f"self_attn.{half}.{name}": shape for name, shape in attention.items()}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,)}
-    if not config.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = (V, H)
-    for index in range(config["num_layers"]):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes
+    return dict(_shapes(config, layout))
+
+
+def count_numbers(config: Mapping[str, Any]) -> int:
+    """How many numbers a model of this config has, without rows for zero experts; in no time, however large it is."""
+    one = dict(_layer_shapes(config, "packed"))
+    one["mlp.experts.gate_up_proj"] = (config["n_routed_experts"], *one["mlp.experts.gate_up_proj"][1:])
+    a_layer = sum(map(math.prod, one.values()))
+    beside = sum(math.prod(shape) for _, shape in _shapes({**config, "num_layers": 0}, "packed"))
+    return config["num_layers"] * a_layer + beside
 
 
 def layout_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
@@ -224,9 +198,10 @@ def check_tensors(
     """What `verify` finds, of tensors found already; CheckpointError for one that is missing or doesn't fit."""
     tensors = {name: info for name, info in found.items() if not _NOT_OURS.search(name)}
     layout = layout_of(tensors, config)
-    expected = expected_shapes(config, layout)
+    expected = set()
     source = folder / INDEX_NAME if (folder / INDEX_NAME).exists() else folder / SINGLE_NAME
-    for name, shape in expected.items():
+    for name, shape in _shapes(config, layout):
+        expected.add(name)
         info = tensors.get(name)
         if info is None:
             raise CheckpointError(f"{source}: tensor {name} {list(shape)} is missing")
@@ -242,7 +217,8 @@ def check_tensors(
                 f"{folder / info.file}: tensor {name} has dtype {info.dtype}, supported are {', '.join(dtypes)}"
             )
     for name, info in tensors.items():
-        tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+        embedding = tensors["model.embed_tokens.weight"]
+        tied = name == "lm_head.weight" and info.shape == embedding.shape and info.dtype in dtypes
         if name not in expected and not tied:
             raise CheckpointError(
                 f"{folder / info.file}: tensor {name} {list(info.shape)} is not part of this config.json"

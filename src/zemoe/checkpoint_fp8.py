@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Manifest, check_config, check_tensors, save_original_layout, stream
+from . import checkpoint
+from .checkpoint import Manifest, check_tensors, save_original_layout, stream
+from .checkpoint_config import check_config
 from .weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
 
 SUFFIX = "_scale_inv"
@@ -35,9 +37,26 @@ class QuantizedManifest:
     block: tuple[int, int]
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """As `zemoe.checkpoint.read_config`, also for a folder with FP8 weights: then without what says so."""
+    folder = Path(folder)
+    if not is_quantized(folder):
+        return checkpoint.read_config(folder)
+    source = folder / "config.json"
+    config = load_json(source)
+    _block_of(config.pop("quantization_config"), source)
+    check_config(config, str(source))
+    return config
+
+
+def verify_any(folder: str | Path) -> Manifest | QuantizedManifest:
+    """`verify_quantized` of a folder with FP8 weights, `zemoe.checkpoint.verify` of one without. CheckpointError."""
+    return verify_quantized(folder) if is_quantized(folder) else checkpoint.verify(folder)
+
+
 def is_quantized(folder: str | Path) -> bool:
     """Whether config.json says that weights are quantized, in whatever way."""
-    return load_json(Path(folder) / "config.json").get("quantization_config") is not None
+    return checkpoint.open_config(folder).get("quantization_config") is not None
 
 
 def _block_of(quantization: Any, source: Path) -> tuple[int, int]:

@@ -389,7 +389,7 @@ def fused_experts(
     Raises:
         ValueError: for a shape, dtype, device, name or count that does not fit, naming it; on the CPU also for an id
             that names no slot (elsewhere such a choice is skipped).
-        RuntimeError: in forward-mode differentiation.
+        RuntimeError: in forward-mode differentiation, torch.vmap, and torch.func's grad, vjp and their like.
     """
     if hidden_states.ndim < 1 or not hidden_states.is_floating_point():
         raise ValueError(
@@ -430,7 +430,7 @@ def fused_experts(
         main_grads,
     )
     differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
-    ops.refuse_tangents(*differentiable)
+    ops.refuse_transforms(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
     if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
+from .casts import StaysFloat32
 from .config import MoEConfig, ZeroExpertKinds, check_count, expand_kinds
 from .experts import fused_experts, moe_activation
 from .routing import Routing, Selector
@@ -60,7 +61,7 @@ class _Memo(threading.local):
         return _Memo, ()
 
 
-class FusedMoE(nn.Module):
+class FusedMoE(StaysFloat32):
     """Routed FFN experts in one fused operation.
 
     Args:
@@ -78,6 +79,7 @@ class FusedMoE(nn.Module):
         engine_options: further arguments of engines' FusedMoE, accepted at their neutral values.
 
     Parameters `w13_weight [E, 2I, H]` (gate rows first) and `w2_weight [E, H, I]` are uninitialised until loaded.
+    Casting the module changes these two; a float32 selection bias and the affine parameters stay float32.
 
     Raises:
         ValueError: for a value that does not fit or an option that zemoe does not have, naming it.
@@ -85,6 +87,7 @@ class FusedMoE(nn.Module):
     """
 
     e_score_correction_bias: Tensor | None
+    stays_float32 = ("e_score_correction_bias", "constant_router", "constant_value", "scale")
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from . import __version__
-from .checkpoint import read_config
+from .checkpoint_fp8 import read_config
 from .decoding import Generation, Sampling, TextStream, Token, generate
 from .doctor import usable_devices
 from .experts import resolve_backend
@@ -171,7 +171,6 @@ def load(request: Request) -> Loaded:
     _check(request)
     with _failing_with(1):
         read_config(request.model)
-    with _failing_with(1):
         tokenizer = read_tokenizer(request.model / "tokenizer.json")
 
     from transformers.utils import logging

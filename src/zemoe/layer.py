@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
+from .casts import StaysFloat32
 from .config import MoEConfig
 from .experts import check_backend, fused_experts, moe_activation, unflatten
 from .routing import Router, Routing
@@ -65,14 +66,15 @@ class SharedExperts(nn.Module):
         return y_TH if self.gate is None else torch.sigmoid(self.gate(x_TH)) * y_TH
 
 
-class MoE(nn.Module):
+class MoE(StaysFloat32):
     """A zero-expert MoE block: hidden states in, hidden states out (SPEC sections 1 and 2).
 
     Args:
         config: MoEConfig.
         router_bias, tied_null, gating_residual, logit_norm: see zemoe.routing.Router.
         shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
-        dtype: of the expert weights; the router and the affine parameters are float32.
+        dtype: of the expert weights; the router, its selection bias and the affine parameters are float32, and stay so
+            under `.to(torch.bfloat16)`, `.half()` and `.double()`.
         backend: a name in zemoe.experts.BACKENDS, or None for the first that works where the input is.
 
     Parameters: `w13 [E, 2I, H]`, `w2 [E, H, I]`, `router.classifier.weight`, and where there are experts of that kind
@@ -82,6 +84,8 @@ class MoE(nn.Module):
     Raises:
         ValueError: for an unknown kind, score or activation, and what MoEConfig refuses.
     """
+
+    stays_float32 = ("constant_router", "constant_value", "scale")  # and what the router says of itself
 
     def __init__(
         self,

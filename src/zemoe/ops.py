@@ -8,6 +8,7 @@ A new device is one `impl` line an op.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .versions import warn_if_untested
 warn_if_untested("torch", torch.__version__)
 
 _LIBRARY = torch.library.Library("zemoe", "DEF")
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -30,21 +32,38 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
-    """RuntimeError for a tensor in forward-mode differentiation: our operators would drop its tangent silently."""
-    if forward_ad._current_level < 0:
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
+
+    Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
+    """
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward() or torch.autograd.grad")
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
         return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward(), torch.autograd.grad or vjp")
+    if any(tensor is not None and _functorch.is_gradtrackingtensor(tensor) for tensor in tensors):
+        raise RuntimeError(
+            "zemoe's layers take no part in torch.func.grad, vjp or jacrev; use backward() or torch.autograd.grad"
+        )
 
 
-def define(schema: str) -> None:
+def _no_vmap(*args: object) -> NoReturn:
+    """Under vmap a tensor doesn't say that its gradient is wanted, and a layer computes otherwise where it isn't."""
+    raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
+
+
+def define(schema: str, *, vmap: bool = True) -> None:
+    """Define an operator; without `vmap` it raises under torch.vmap, where others run once for each of the batch."""
     _LIBRARY.define(schema, tags=_TAGS)
+    if not vmap:
+        torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
 
 
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
-define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor")
+define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor", vmap=False)
 torch.library.impl("zemoe::topk_ids", "CPU", topk.on_host)
 torch.library.impl("zemoe::topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
 
@@ -66,7 +85,8 @@ def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
 # --- select_few: scores, ids and weights of few tokens, without gradients ---
 
 define(
-    "select_few(Tensor logits, Tensor? bias, int k, int dropped, bool renormalize, float scaling) -> (Tensor, Tensor)"
+    "select_few(Tensor logits, Tensor? bias, int k, int dropped, bool renormalize, float scaling) -> (Tensor, Tensor)",
+    vmap=False,
 )
 torch.library.impl("zemoe::select_few", "CPU", topk.select_few)
 
@@ -96,7 +116,7 @@ def select_few(
 
 # --- plan: rows sorted by expert ---
 
-define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)")
+define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)", vmap=False)
 torch.library.impl("zemoe::plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
 
 
@@ -126,7 +146,8 @@ def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor,
 
 define(
     "moe_ffn(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor w13, "
-    "Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)"
+    "Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation, bool save_preact) -> (Tensor, Tensor)",
+    vmap=False,
 )
 define(
     "moe_ffn_backward(Tensor grad, Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, "
@@ -225,7 +246,8 @@ def moe_ffn(
 
 define(
     "moe_ffn_from_ids(Tensor x, Tensor weights, Tensor topk_ids, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, "
-    "Tensor? value, int num_slots, str activation) -> Tensor"
+    "Tensor? value, int num_slots, str activation) -> Tensor",
+    vmap=False,
 )
 torch.library.impl("zemoe::moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
 
@@ -257,7 +279,8 @@ def moe_ffn_from_ids(
 
 define(
     "moe_ffn_few(Tensor x, Tensor weights, Tensor topk_ids, Tensor w13, Tensor w2, int identities, int num_slots) "
-    "-> Tensor"
+    "-> Tensor",
+    vmap=False,
 )
 torch.library.impl("zemoe::moe_ffn_few", "CPU", cpu.forward_few)
 takes_few = cpu.takes_few

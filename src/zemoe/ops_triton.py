@@ -87,7 +87,8 @@ def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 define(
     "prepare(Tensor weights, Tensor topk_ids, int num_experts, int num_slots, int block_m, int[] kinds, Tensor? scale, "
-    "Tensor? constant_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? constant_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    vmap=False,
 )
 
 
@@ -158,7 +159,8 @@ def prepare(
 
 define(
     "moe_ffn_tiles(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor tiles, "
-    "int block_m, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation) -> Tensor"
+    "int block_m, Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, str activation) -> Tensor",
+    vmap=False,
 )
 
 
@@ -205,7 +207,10 @@ _TRAINED = (
 )
 _MAIN = "Tensor{}? main_w13, Tensor{}? main_w2"  # what the gradients of w13 and w2 are added to
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-define(f"moe_ffn_tiles_train({_TRAINED}, {_MAIN.format('', '')}, str activation, bool save_preact) -> (Tensor, Tensor)")
+define(
+    f"moe_ffn_tiles_train({_TRAINED}, {_MAIN.format('', '')}, str activation, bool save_preact) -> (Tensor, Tensor)",
+    vmap=False,
+)
 define(f"moe_ffn_tiles_backward(Tensor grad, {_TRAINED}, Tensor preact, str activation, bool[7] needs) -> {_SEVEN}")
 define(
     f"moe_ffn_tiles_backward_(Tensor grad, {_TRAINED}, Tensor(a!) preact, str activation, bool[7] needs, "

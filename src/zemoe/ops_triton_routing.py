@@ -101,7 +101,8 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
 
 define(
     "select_experts(Tensor logits, Tensor? bias, int k, int num_experts, str scoring, str renormalize, float scaling, "
-    "int num_expert_group, int topk_group, int[] null_ranges) -> (Tensor, Tensor)"
+    "int num_expert_group, int topk_group, int[] null_ranges) -> (Tensor, Tensor)",
+    vmap=False,
 )
 
 

@@ -37,24 +37,22 @@ def kind_of(path: str | Path) -> str:
     return "a file" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def check_regular(path: str | Path) -> None:
-    """OSError with a `strerror` of ours unless `path` is a regular file, or leads to one. Never waits."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+def check_regular(path: str | Path) -> int:
+    """The size of a regular file, or of the one that `path` leads to; OSError for another kind. Never waits."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    return found.st_size
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     """All of a regular file. OSError for another kind, or for more than `most` bytes."""
-    check_regular(path)
-    with open(path, "rb") as file:
-        if most is None:
-            return file.read()
-        content = file.read(most + 1)
-    if len(content) > most:
+    size = check_regular(path)
+    if most is not None and size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
-    return content
+    with open(path, "rb") as file:
+        return file.read(size)  # no more, also where it has no end and says so of none
 
 
 def reason(error: OSError | ValueError) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .casts import StaysFloat32
 from .config import MoEConfig
 from .experts import unflatten
 from .layer import weighted_experts
@@ -37,13 +38,14 @@ def new_router_rows(weight_EH: Tensor, count: int, generator: torch.Generator | 
     return rows.to(dtype=weight_EH.dtype, device=weight_EH.device)
 
 
-class ZeroExpertGate(nn.Module):
+class ZeroExpertGate(StaysFloat32):
     """A trained router that also takes the zero experts' rows; mixed in before the router's own class.
 
     The block calls it and doesn't read its weight: what wraps a module (offloading, LoRA) takes part in calls alone.
     """
 
     weight: Tensor
+    stays_float32 = ("e_score_correction_bias",)  # the weight is cast, as the router's own class needs it
 
     def forward(self, hidden_states: Tensor, zero_weight_ZH: Tensor | None = None) -> Any:
         """Logits of x [T, H] over all A slots in float32, and the selection bias [E] if there is one.
@@ -73,20 +75,22 @@ class ZeroExpertExperts(nn.Module):
         return weighted_experts(x_TH, routing, self.gate_up_proj, self.down_proj, rules)
 
 
-class ZeroExpertBlock(nn.Module):
+class ZeroExpertBlock(StaysFloat32):
     """A trained block with zero experts behind its FFN experts; mixed in before the block's own class.
 
     The block has `gate` with `weight` [E, H], `experts` with `gate_up_proj` [E, 2I, H] (gate rows first) and
     `down_proj` [E, H, I], both with the classes above mixed in, and maybe `shared_experts`. `adopt` adds
 
     - `zero_weight`: Parameter [Z, H], the router's rows for the zero experts;
-    - `e_score_correction_bias`: float32 buffer [E], 0, which only selects, for a bias controller; a block whose gate
-      has one uses that;
+    - `e_score_correction_bias`: float32 buffer [E], 0, which only selects, for a bias controller, and which no cast
+      of the model changes; a block whose gate has one uses that;
     - `zero_experts_enabled`: False gives the block's own forward, untouched: the model as it was, up to what has been
       trained since.
 
     `zemoe.observe` sees its Routing under the block's own name.
     """
+
+    stays_float32 = ("e_score_correction_bias", "zero_bias")
 
     gate: nn.Module
     experts: nn.Module

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, ops_triton, ops_triton_routing
+from .casts import StaysFloat32
 from .config import MoEConfig, ZeroExpertKinds, check_count, check_groups, expand_kinds, renormalize_mode
 from .scores import SCORES, check_scoring, renormalized
 
@@ -96,7 +97,7 @@ def select_experts(
         chosen only where fewer than K others remain. A token with a NaN or +inf logit, or only -inf, gets NaN weights.
 
     Raises:
-        ValueError: for a shape, name or count that does not fit, naming it.
+        ValueError: for a shape, name or count that does not fit, naming it. RuntimeError: under torch.vmap.
     """
     if logits_TA.ndim != 2 or not logits_TA.is_floating_point():
         raise ValueError(f"logits_TA must be a float [T, A] tensor, got {logits_TA.dtype} {tuple(logits_TA.shape)}")
@@ -184,11 +185,11 @@ class Selector(RoutingModule):
         return Routing(logits_TA, *select_experts(logits_TA, top_k, **rules))
 
 
-class Router(nn.Module):
+class Router(StaysFloat32):
     """The classifier with its selection rules: hidden states in, Routing out.
 
-    Parameters and buffers are made in float32, and the product is computed in float32 whatever their dtype and that of
-    the hidden states, under autocast too.
+    Parameters and buffers are float32 and stay so when it, or a module around it, is cast (zemoe.casts); the product is
+    computed in float32 whatever the dtype of the hidden states, under autocast too.
 
     Args:
         config: the layer's MoEConfig.

@@ -164,6 +164,8 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                 raise CheckpointError(
                     f"{folder / INDEX_NAME}: tensor {tensor} is in {file!r}; only *.safetensors of this folder are read"
                 )
+        if (folder / SINGLE_NAME).exists() and SINGLE_NAME not in index.values():
+            raise CheckpointError(f"{folder / SINGLE_NAME}: is there beside {INDEX_NAME}, which names other files")
         return sorted(set(index.values())), index
     if (folder / SINGLE_NAME).exists():
         return [SINGLE_NAME], None

@@ -12,6 +12,7 @@ models are published, which plain transformers can't.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.monkey_patching import get_patch_mapping
 
-from ..checkpoint import CheckpointError, save_tensors, transformers_layout, verify
-from ..checkpoint_fp8 import is_quantized, verify_quantized
+from ..checkpoint import CheckpointError, save_tensors, transformers_layout
+from ..checkpoint_config import READ
+from ..checkpoint_fp8 import QuantizedManifest, read_config, verify_any
+from ..weight_files import load_json
 from . import transformers_conversions as conversions
 from . import transformers_experts as by_name
 from .transformers_fp8 import load_dequantized
@@ -153,16 +156,34 @@ def unregister() -> None:
         conversions.remove()
 
 
-# A value of the wrong type is found by whoever uses it first, transformers' own check or its arithmetic.
+# What transformers raises for a value of the wrong type, in its own check or its arithmetic.
 _WRONG_VALUE = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 def load_config(folder: str | Path) -> transformers.LongcatFlashConfig:
-    """The config of a checkpoint folder; CheckpointError naming config.json for a value that transformers can't use."""
+    """The config of a checkpoint folder, not quantized if its weights are; CheckpointError naming config.json.
+
+    Entries that this architecture doesn't know are left out.
+    """
+    config = read_config(folder)
     try:
-        return transformers.LongcatFlashConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.LongcatFlashConfig(**{key: config[key] for key in READ if key in config})
     except _WRONG_VALUE as error:
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error
+
+
+def _check_beside(folder: Path) -> None:
+    """What from_pretrained reads beside config.json and the weights. Raises CheckpointError."""
+    adapter, generation = folder / "adapter_config.json", folder / "generation_config.json"
+    if adapter.exists():
+        raise CheckpointError(f"{adapter}: adapters are not supported, give a folder with all weights")
+    if not os.path.lexists(generation):
+        return
+    for key, value in load_json(generation).items():
+        try:
+            transformers.GenerationConfig.from_dict({key: value})
+        except _WRONG_VALUE as error:
+            raise CheckpointError(f"{generation}: {key} must be something else than {value!r} ({error})") from error
 
 
 _LOADING = threading.Lock()  # `applied` is for the process: one thread must not leave it while another one loads
@@ -189,17 +210,11 @@ def load_model(
         zemoe.checkpoint.CheckpointError: naming file and tensor. ValueError: for a backend that can't run it.
     """
     folder = Path(folder)
-    quantized = verify_quantized(folder) if is_quantized(folder) else None
-    if quantized is None:
-        verify(folder)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        raise ValueError(f"folder must be a plain checkpoint, got {adapter}: adapters are not supported")
-    config = load_config(folder)
-    if quantized is not None:
-        delattr(config, "quantization_config")
+    manifest, config = verify_any(folder), load_config(folder)
+    _check_beside(folder)
+    if isinstance(manifest, QuantizedManifest):
         with _LOADING, applied():
-            model: Any = load_dequantized(quantized, config, torch.bfloat16 if dtype == "auto" else _dtype_of(dtype))
+            model: Any = load_dequantized(manifest, config, torch.bfloat16 if dtype == "auto" else _dtype_of(dtype))
         model.to(device)
         patch_(model, backend)
         return model
@@ -216,7 +231,7 @@ def load_model(
     model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
-        raise ValueError(f"{folder}: transformers could not place every tensor: {wrong}")
+        raise CheckpointError(f"{folder}: transformers could not place every tensor: {wrong}")
     model.to(device)
     patch_(model, backend)
     return model

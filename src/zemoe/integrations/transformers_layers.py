@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 try:
     from transformers.activations import ACT2FN
@@ -22,6 +23,7 @@ except ImportError as error:
         f"zemoe.integrations.transformers needs transformers >= 5.17 with LongCat-Flash ({error})"
     ) from None
 
+from ..casts import StaysFloat32
 from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts, unflatten
@@ -70,11 +72,10 @@ class ZeroExpertLongcatClassifier(nn.Linear):
         return router_logits(input, self.weight)
 
 
-class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
+class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
     """The router: float32 whatever the dtype of the model, its Routing visible to `zemoe.observe`.
 
-    Parameter and buffer names are stock's. They stay float32 when the model is cast (`.to(torch.bfloat16)`, `.half()`):
-    bfloat16 keeps 8 bits of a selection bias whose updates are smaller than that, and moves tokens to other experts.
+    Parameter and buffer names are stock's. They stay float32 when the model is cast (zemoe.casts).
     """
 
     def __init__(self, config: Any) -> None:
@@ -96,13 +97,6 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
         if classifier.__class__ is ZeroExpertLongcatClassifier:
             classifier.__class__ = nn.Linear
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == torch.float32 else tensor.to(device=new.device, dtype=torch.float32)
-
-        return super()._apply(moved, recurse)
-
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
         logits_TA = self.classifier(hidden_states.reshape(-1, self.hidden_dim))
@@ -114,6 +108,11 @@ class ZeroExpertLongcatRouter(RoutingModule, StockRouter):
             routed_scaling_factor=self.routed_scaling_factor,
         )
         return Routing(logits_TA, weights_TK, ids_TK)
+
+
+def expert_rank(mesh: DeviceMesh) -> int:
+    """Which part of the experts this rank holds. A mesh of more than one dimension calls the experts' "ep"."""
+    return mesh.get_local_rank(None if mesh.ndim == 1 else "ep")
 
 
 class ZeroExpertLongcatExperts(StockExperts):
@@ -208,7 +207,7 @@ class ZeroExpertLongcatMoE(StockMoE):
         """
         experts = self._own_experts()
         zero_TK = ids_TK >= experts.num_routed_experts
-        home = experts.gate_up_proj.device_mesh.get_local_rank() * experts.num_experts
+        home = expert_rank(experts.gate_up_proj.device_mesh) * experts.num_experts
         y_TH = self.experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
         alpha_T1 = weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
         return (y_TH + alpha_T1 * x_TH).to(x_TH.dtype)

@@ -9,7 +9,6 @@ T tokens, H hidden size, I expert width, E FFN experts, A = E + 4 slots, in id o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..affine import AffineParams
+from ..casts import StaysFloat32
 from ..config import MoEConfig
 from ..experts import unflatten
 from ..layer import weighted_experts
@@ -73,18 +73,11 @@ def block_rules(config: MoEPlusPlusConfig) -> MoEConfig:
     )
 
 
-class Float32Linear(nn.Linear):
+class Float32Linear(StaysFloat32, nn.Linear):
     """A product in float32, also under autocast, whose weight stays float32 when the model is cast."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows, bias=False, dtype=torch.float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == torch.float32 else tensor.to(device=new.device, dtype=torch.float32)
-
-        return super()._apply(moved, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         """[T, columns] of any float dtype; [T, rows] in float32."""

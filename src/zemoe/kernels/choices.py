@@ -8,7 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .compiled import THREADS, compiled
+from .compiled import THREADS, compiled, run_parts
 
 
 @compiled()
@@ -86,12 +86,21 @@ def largest(choice, logits, masked, ids, start, stop):
             found = min(found + 1, k)
 
 
-@compiled(parallel=THREADS)
-def largest_by_threads(choice, logits, masked, ids, chunks):
-    """`largest` for all rows, in `chunks` threads."""
+def largest_by_threads(choice, logits, masked, ids):
+    """`largest` for all rows, shared out over threads."""
+    run_parts(_largest_part, _largest_parts, choice, logits, masked, ids)
+
+
+@compiled()
+def _largest_part(choice, logits, masked, ids, n, parts):
     T = len(choice)
-    for chunk in numba.prange(chunks):
-        largest(choice, logits, masked, ids, T * chunk // chunks, T * (chunk + 1) // chunks)
+    largest(choice, logits, masked, ids, T * n // parts, T * (n + 1) // parts)
+
+
+@compiled(parallel=THREADS)
+def _largest_parts(choice, logits, masked, ids, parts):
+    for n in numba.prange(parts):
+        _largest_part(choice, logits, masked, ids, n, parts)
 
 
 @compiled()

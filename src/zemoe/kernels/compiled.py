@@ -5,12 +5,16 @@ A compiled function is kept on disk until its own file changes, so it calls only
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..versions import warn_if_untested
@@ -70,3 +74,41 @@ def compiled(**how: Any) -> Callable[[Callable], Callable]:
 
 
 THREADS = _has_safe_threads()
+_forked = False  # since numba's threads were started: they are not there in the child, and calling them ends it
+
+
+@cache
+def _start_threads() -> None:
+    """In a thread that ends at once: numba sets OpenMP's number of threads, which is torch's too, for its caller."""
+    starter = threading.Thread(target=numba.get_num_threads)
+    starter.start()
+    starter.join()
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+def run_parts(part: Callable, all_parts: Callable, *arguments: Any) -> None:
+    """Run `part(*arguments, n, parts)` for each n below `parts`, as many as torch has threads.
+
+    all_parts(*arguments, parts): the same by numba's threads, compiled with parallel=THREADS. They are not used for
+    one part, nor in a process that was forked from one that did. No more of them run than NUMBA_NUM_THREADS allows.
+    """
+    parts = torch.get_num_threads()
+    if parts == 1 or _forked or not THREADS:
+        for n in range(parts):
+            part(*arguments, n, parts)
+        return
+    _start_threads()
+    wanted, others = min(parts, numba.config.NUMBA_NUM_THREADS), numba.get_num_threads()
+    if wanted == others:
+        all_parts(*arguments, parts)
+        return
+    numba.set_num_threads(wanted)
+    try:
+        all_parts(*arguments, parts)
+    finally:
+        numba.set_num_threads(others)  # as the caller's own compiled functions expect it

@@ -17,7 +17,7 @@ from llvmlite import binding, ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import THREADS, compiled
+from .compiled import THREADS, compiled, run_parts
 
 _FAST = {"contract", "nsz", "arcp"}  # NaN and infinity are what they are
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -258,39 +258,57 @@ def _scatter(y, token, weight, groups, w, panels, begin, end):
                     y[t, h + i] += scale * turned[m * _STRIP + i]
 
 
-@compiled(fastmath=_FAST, parallel=THREADS)
-def multiply(x, token, weight, groups, w, panels, gather, chunks):
+def multiply(x, token, weight, groups, w, panels, gather):
     """Products of experts' weights with the rows of their groups.
 
     gather: from x [T, H] to panels [parts, I * lanes of all groups], where each part of a weight w [E, parts * I, H]
     makes a panel [I, L] a group, one after the other. Else from panels [1, I * lanes of all groups] to x [T, H]:
     weight[n] * w[e] times row n is added to x[token[n]], w [E, H, I]. token, weight [N]; all in one piece, float32 (w
-    bfloat16 too). Each of `chunks` threads takes some rows of every weight, so has some columns of y to itself, and
-    the groups in their order: their number changes no sum.
+    bfloat16 too). Each thread takes some rows of every weight, so has some columns of y to itself, and the groups in
+    their order: their number changes no sum.
     """
+    run_parts(_multiply_part, _multiply_parts, x, token, weight, groups, w, panels, gather)
+
+
+@compiled(fastmath=_FAST)
+def _multiply_part(x, token, weight, groups, w, panels, gather, n, parts):
     rows = w.shape[1] // len(panels)
     blocks = (rows + ROWS - 1) // ROWS * len(panels)
-    for chunk in numba.prange(chunks):
-        begin, end = blocks * chunk // chunks, blocks * (chunk + 1) // chunks
-        if begin < end:
-            if gather:
-                _gather(x, token, groups, w, panels, begin, end)
-            else:
-                _scatter(x, token, weight, groups, w, panels[0], begin * ROWS, min(end * ROWS, rows))
+    begin, end = blocks * n // parts, blocks * (n + 1) // parts
+    if begin < end:
+        if gather:
+            _gather(x, token, groups, w, panels, begin, end)
+        else:
+            _scatter(x, token, weight, groups, w, panels[0], begin * ROWS, min(end * ROWS, rows))
+
+
+@compiled(fastmath=_FAST, parallel=THREADS)
+def _multiply_parts(x, token, weight, groups, w, panels, gather, parts):
+    for n in numba.prange(parts):
+        _multiply_part(x, token, weight, groups, w, panels, gather, n, parts)
+
+
+def rows_of_panels(panels, groups, rows):
+    """rows [N, parts * I]: what `multiply` wrote to panels [parts, I * lanes of all groups], row by row."""
+    run_parts(_rows_part, _rows_parts, panels, groups, rows)
+
+
+@compiled()
+def _rows_part(panels, groups, rows, n, parts):
+    I = rows.shape[1] // len(panels)
+    for g in range(len(groups) * n // parts, len(groups) * (n + 1) // parts):
+        _, first, M, place = groups[g]
+        for panel in range(len(panels)):
+            for m in range(M):
+                for i in range(I):
+                    at = ((place - groups[0, 3]) * I + i * _lanes(M)) + m
+                    rows[first + m, panel * I + i] = panels[panel, at]
 
 
 @compiled(parallel=THREADS)
-def rows_of_panels(panels, groups, rows, chunks):
-    """rows [N, parts * I]: what `multiply` wrote to panels [parts, I * lanes of all groups], row by row."""
-    parts, I = len(panels), rows.shape[1] // len(panels)
-    for chunk in numba.prange(chunks):
-        for g in range(len(groups) * chunk // chunks, len(groups) * (chunk + 1) // chunks):
-            _, first, M, place = groups[g]
-            for part in range(parts):
-                for m in range(M):
-                    for i in range(I):
-                        at = ((place - groups[0, 3]) * I + i * _lanes(M)) + m
-                        rows[first + m, part * I + i] = panels[part, at]
+def _rows_parts(panels, groups, rows, parts):
+    for n in numba.prange(parts):
+        _rows_part(panels, groups, rows, n, parts)
 
 
 @compiled(fastmath=_FAST)

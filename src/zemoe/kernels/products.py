@@ -66,7 +66,7 @@ def add_by_loops(
     from .compiled import array
     from .loops import group_rows, lanes_of, multiply, rows_of_panels
 
-    I, chunks = w2.shape[2], torch.get_num_threads()
+    I = w2.shape[2]
     x_TH, token_N, weight_N1 = x_TH.float(), token_N.contiguous(), weight_N1.contiguous()
     y, x, token, weight, up, down = (array(tensor) for tensor in (y_TH, x_TH, token_N, weight_N1.view(-1), w13, w2))
     all_groups = group_rows(array(expert_offsets), most)
@@ -76,11 +76,11 @@ def add_by_loops(
         stop = int(places.searchsorted(places[start] + max(1, _PANELS // (2 * I))))
         groups = all_groups[start:stop]
         both = torch.empty((2, I * lanes_of(groups)))
-        multiply(x, token, weight, groups, up, array(both), True, chunks)
+        multiply(x, token, weight, groups, up, array(both), True)
         if preact_N2I is not None:
-            rows_of_panels(array(both), groups, array(preact_N2I), chunks)
+            rows_of_panels(array(both), groups, array(preact_N2I))
         inner = ACTIVATIONS[activation].forward(both[:1]).mul_(both[1:])
-        multiply(y, token, weight, groups, down, array(inner), False, chunks)
+        multiply(y, token, weight, groups, down, array(inner), False)
 
 
 def add_few(
@@ -99,16 +99,16 @@ def add_few(
     from .loops import group_rows, lanes_of, multiply, silu_panels
 
     x, y, ids, weights = (array(tensor) for tensor in (x_TH, y_TH, ids_TK, weights_TK))
-    expert_offsets, chunks = torch.empty(len(w13) + 1, dtype=torch.int64), torch.get_num_threads()
+    expert_offsets = torch.empty(len(w13) + 1, dtype=torch.int64)
     offsets = array(expert_offsets)
     wrong, token, weight = prepare(x, weights, ids, identities, num_slots, offsets, y)
     groups = group_rows(offsets, len(weight))
     if len(groups):
         both = torch.empty((2, w2.shape[2] * lanes_of(groups)))
         panels = array(both)
-        multiply(x, token, weight, groups, array(w13), panels, True, chunks)
+        multiply(x, token, weight, groups, array(w13), panels, True)
         silu_panels(panels, groups)
-        multiply(y, token, weight, groups, array(w2), panels[:1], False, chunks)
+        multiply(y, token, weight, groups, array(w2), panels[:1], False)
     return wrong
 
 

@@ -48,7 +48,7 @@ def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     if T * A < _MOST_ALONE:
         largest(*arrays, 0, T)
     else:
-        largest_by_threads(*arrays, torch.get_num_threads())
+        largest_by_threads(*arrays)
     return ids_TK
 
 

@@ -90,8 +90,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise SettingsError(f"model.vocab_size must be at least {len(alphabet) + 1}, got {vocab_size}")
+    # No text has more merges than characters, and the library sets memory aside for as many as it is told.
+    most = len(alphabet) + 1 + sum(len(text.encode()) for text in texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=min(vocab_size, most), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

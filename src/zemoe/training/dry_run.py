@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from . import data
-from .model import build, count_parameters, new_config, read_start, start_folder, wanted_ffn_experts
+from .model import count_parameters, new_config, read_start, start_folder, wanted_ffn_experts
 from .settings import Settings
 from .view import millions
 
@@ -33,8 +32,7 @@ def plan(settings: Settings) -> dict[str, Any]:
     tokenizer = data.load_tokenizer(Path(named)) if named else data.train_tokenizer(samples, settings.model.vocab_size)
     config = new_config(settings.model, tokenizer, settings.data.context) if start is None else read_start(start)
     k_e = wanted_ffn_experts(config, settings.train.ffn_experts)
-    with torch.device("meta"):
-        parameters = count_parameters(build(config, 0, None), k_e)
+    parameters = count_parameters(config, k_e)
 
     tokens_a_byte = sum(len(tokenizer.encode(sample).ids) for sample in samples) / _bytes(samples)
     tokens = tokens_a_byte * _bytes(texts)

@@ -59,8 +59,9 @@ def export(
         about |= {"architectures": [LongcatFlashForCausalLM.__name__], "dtype": str(dtype).removeprefix("torch.")}
         contents = {"config.json": (json.dumps(about, indent=2) + "\n").encode(), **files}
         for name, content in contents.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_bytes(content)
-        for path in unfinished.iterdir():
+        for path in unfinished.rglob("*"):
             sync(path)
     except (OSError, SafetensorError):
         shutil.rmtree(unfinished, ignore_errors=True)  # the room that it took

@@ -17,15 +17,23 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 from transformers.utils import logging
 
-from ..checkpoint import check_config, read_config
+from ..bench_plan import total_bytes
+from ..checkpoint import count_numbers
+from ..checkpoint_config import check_config
+from ..checkpoint_fp8 import verify_any
 from ..integrations.transformers import applied, load_config, load_model
-from ..regular_files import kind_of
+from ..regular_files import MOST_JSON_BYTES, kind_of, read_bytes
 from .data import END_OF_TEXT
 from .settings import ModelSettings, Settings, SettingsError
 
 _PACKAGE = Path(__file__).parent.parent
 # What else of a checkpoint folder goes into what is made of it.
-_KEPT = ("tokenizer_config.json", "generation_config.json")
+_KEPT = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+_BYTES_OF_MODULES = 200_000  # Python objects of a layer: 120,000 were measured
 
 
 def start_folder(name: str) -> Path:
@@ -37,9 +45,9 @@ def start_folder(name: str) -> Path:
 
 
 def read_start(folder: Path) -> LongcatFlashConfig:
-    """Its config; SettingsError if there is none that makes sense."""
+    """Its config; SettingsError if there is none that makes sense, or the weights are others than it says."""
     try:
-        read_config(folder)
+        verify_any(folder)
         return load_config(folder)
     except ValueError as error:
         raise SettingsError(f"model.start: {error}") from None
@@ -62,10 +70,21 @@ def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFla
         tie_word_embeddings=True,
     )
     try:
-        check_config(dict(vars(config), model_type=config.model_type), "model")
+        check_config(_entries(config), "model")
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    # Every process makes the weights in float32 before it shares them; each layer has modules beside them.
+    needs, there = 4 * count_numbers(_entries(config)) + _BYTES_OF_MODULES * config.num_layers, total_bytes()
+    if there is not None and needs > there:
+        raise SettingsError(
+            f"model: {needs / 1e9:,.0f} GB of weights don't fit into this machine's memory of {there / 1e9:,.0f} GB; "
+            "make model.num_layers, model.n_routed_experts or another size smaller"
+        )
     return config
+
+
+def _entries(config: LongcatFlashConfig) -> dict[str, Any]:
+    return dict(vars(config), model_type=config.model_type)
 
 
 def wanted_ffn_experts(config: LongcatFlashConfig, wanted: float) -> float:
@@ -133,10 +152,10 @@ class Parameters:
     active: int
 
 
-def count_parameters(model: LongcatFlashForCausalLM, ffn_experts: float) -> Parameters:
-    """Each shared one once."""
-    config = model.config
-    total = sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(config: LongcatFlashConfig, ffn_experts: float) -> Parameters:
+    """Each shared one once; selection biases are none."""
+    slots = config.n_routed_experts + (config.zero_expert_num or 0)
+    total = count_numbers(_entries(config)) - config.num_layers * slots
     expert = 3 * config.hidden_size * config.expert_ffn_hidden_size
     return Parameters(total, round(total - config.num_layers * (config.n_routed_experts - ffn_experts) * expert))
 
@@ -144,7 +163,9 @@ def count_parameters(model: LongcatFlashForCausalLM, ffn_experts: float) -> Para
 def companions(settings: Settings, start: Path | None) -> dict[str, bytes]:
     """{name: content} of the files that belong beside weights, config and tokenizer.json."""
     if start is not None:
-        return {name: (start / name).read_bytes() for name in _KEPT if (start / name).is_file()}
+        templates = sorted(path.name for path in (start / _TEMPLATES).glob("*.jinja"))
+        names = [*_KEPT, *(f"{_TEMPLATES}/{name}" for name in templates)]
+        return {name: read_bytes(start / name, MOST_JSON_BYTES) for name in names if (start / name).is_file()}
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,

@@ -5,7 +5,6 @@ K choices a token, K_e FFN experts a token that the controller steers to.
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..regular_files import read_bytes, reason
+from .records import whole_record
 from .view import at_step, headline
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def check_matplotlib() -> None:
 def read_metrics(folder: Path) -> Metrics:
     """What `folder`/metrics.jsonl holds.
 
-    A process that is killed may leave part of a line; such a line is left out and counted. Where a run was resumed at
-    an earlier step than it had reached, what it wrote after that step the first time is left out too.
+    A process that is killed may leave part of a line; a line that is no whole record is left out and counted. Where a
+    run was resumed at an earlier step than it had reached, what it wrote after that step before is left out too.
 
     Raises:
         ReportError: if there is no such file, or nothing in it to draw.
@@ -65,7 +65,7 @@ def read_metrics(folder: Path) -> Metrics:
     evals: list[Record] = []
     unreadable = 0
     for line in filter(None, lines):
-        record = _record(line)
+        record = whole_record(line)
         if record is None:
             unreadable += 1
         elif record["kind"] == "run":
@@ -78,14 +78,6 @@ def read_metrics(folder: Path) -> Metrics:
         missing = "no run" if run is None else "no step of training"
         raise ReportError(f"{path}: holds {missing} yet" + (f" ({unreadable} lines unreadable)" if unreadable else ""))
     return Metrics(run, train, evals, unreadable)
-
-
-def _record(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "kind" in record and "step" in record else None
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing

@@ -46,8 +46,8 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
     Under `settings.run.out` it writes settings.json, tokenizer.json, corpus.safetensors (the encoded text),
     metrics.jsonl, states/, and export/: the checkpoint that was best on the held-out text, which for a run that begins
     with a trained model may be that model, scored before the first step. Each is whole or not there.
-    The same settings give the same numbers, on a CPU to the bit, also when a run was killed and resumed: what a step
-    computes depends on the state before it and on the seed.
+    The same settings give the same numbers, also when a run was killed and resumed: what a step computes depends on
+    the state before it and on the seed. When that holds to the bit is in docs/train.md, "To the bit".
 
     SIGINT and SIGTERM end the run after the step: its state is saved. Another SIGINT raises KeyboardInterrupt at once.
 
@@ -108,7 +108,7 @@ class Trainer:
         with processes.together():
             self.companions = companions(settings, prepared.start) | {"tokenizer.json": prepared.tokenizer}
             self.model = build(config, train.seed, prepared.start if reader is None else None)
-        self.parameters = count_parameters(self.model, self.K_e)
+        self.parameters = count_parameters(self.model.config, self.K_e)
         if train.checkpoint_activations:
             checkpoint_activations(self.model)
         self.wrapped = processes.wrap(self.model)
