@@ -58,7 +58,7 @@ torch.library.define(
 
 @torch.library.register_fake("zemoe::moe_from_logits")
 def _moe_from_logits_fake(x, logits, bias, w13, w2, top_k, scaling, identity) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("zemoe::moe_from_logits", "CompositeExplicitAutograd")

@@ -61,6 +61,11 @@ def define(schema: str, *, vmap: bool = True) -> None:
         torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
 
 
+def _rows_like(tensor: Tensor) -> Tensor:
+    """A result of this shape and dtype; contiguous, whatever the strides of the argument."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
 define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor", vmap=False)
@@ -162,7 +167,7 @@ torch.library.impl("zemoe::moe_ffn_backward", "CPU", cpu.backward)
 def _moe_ffn_fake(
     x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, activation, save_preact
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
+    return _rows_like(x), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
 
 
 @torch.library.register_fake("zemoe::moe_ffn_backward")
@@ -170,9 +175,10 @@ def _moe_ffn_backward_fake(
     grad, x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, preact, activation, needs
 ) -> tuple[Tensor, ...]:
     inputs = (x, weights, w13, w2, alpha, beta, value)
+    made = (_rows_like, _rows_like, torch.empty_like, torch.empty_like, _rows_like, _rows_like, _rows_like)
     return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else x.new_empty(0)
-        for tensor, need in zip(inputs, needs, strict=True)
+        make(tensor) if need and tensor is not None else x.new_empty(0)
+        for tensor, make, need in zip(inputs, made, needs, strict=True)
     )
 
 
@@ -254,7 +260,7 @@ torch.library.impl("zemoe::moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
 
 @torch.library.register_fake("zemoe::moe_ffn_from_ids")
 def _moe_ffn_from_ids_fake(x, weights, topk_ids, w13, w2, alpha, beta, value, num_slots, activation) -> Tensor:
-    return torch.empty_like(x)
+    return _rows_like(x)
 
 
 def moe_ffn_from_ids(
@@ -288,7 +294,7 @@ takes_few = cpu.takes_few
 
 @torch.library.register_fake("zemoe::moe_ffn_few")
 def _moe_ffn_few_fake(x, weights, topk_ids, w13, w2, identities, num_slots) -> Tensor:
-    return torch.empty_like(x)
+    return _rows_like(x)
 
 
 def moe_ffn_few(

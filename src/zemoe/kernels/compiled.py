@@ -51,8 +51,11 @@ class _Memory:
 def array(tensor: Tensor) -> np.ndarray:
     """The values of a contiguous float32 or int64 tensor, the bits of a bfloat16 one; it has to outlive the array.
 
+    ValueError for a tensor that isn't contiguous: the loops know no strides and would read what lies beside it.
     Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
     """
+    if not tensor.is_contiguous():
+        raise ValueError(f"tensor must be contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
     form = _FORMS[str(tensor.dtype).removeprefix("torch.")]
     if not tensor.numel():  # without memory, which numpy insists on
         return np.empty(tuple(tensor.shape), form)

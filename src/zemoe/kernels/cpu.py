@@ -69,7 +69,7 @@ def _row_weights(weights_TK: Tensor, slot_row_TK: Tensor, padding: int) -> Tenso
     """[N + padding]: the weight of each row; the last entry takes the weights of choices without a row."""
     N = slot_row_TK.numel()
     target_N = torch.where(slot_row_TK < 0, N + padding - 1, slot_row_TK)
-    return weights_TK.new_zeros(N + padding).scatter_(0, target_N.view(-1), weights_TK.reshape(-1))
+    return weights_TK.new_zeros(N + padding).scatter_(0, target_N.reshape(-1), weights_TK.reshape(-1))
 
 
 def _rows_by_expert(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -113,6 +113,7 @@ def forward(
     save_preact: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
+    x_TH = x_TH.contiguous()
     preact_N2I = x_TH.new_zeros((row_token_N.shape[0] if save_preact else 0, w13.shape[1]))
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
     token_N = torch.nn.functional.pad(row_token_N, (0, _MOST_PADDING))
@@ -135,7 +136,7 @@ def forward_from_ids(
     activation: str,
 ) -> Tensor:
     """y [T, H] in x's dtype as `forward` after `make_plan`, for inference: nobody needs the plan afterwards."""
-    K = topk_ids_TK.shape[1]
+    K, x_TH = topk_ids_TK.shape[1], x_TH.contiguous()
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
     if loop_rows(x_TH, w13, w2) and topk_ids_TK.numel():
         choice_N, expert_offsets = _choices_by_loop(topk_ids_TK, w13.shape[0], num_slots)
@@ -160,8 +161,9 @@ def forward_few(
 ) -> Tensor:
     """The layer after routing, [T, H], in compiled loops alone; ids from E to E + identities - 1 are identities."""
     y_TH = torch.empty(x_TH.shape, dtype=torch.float32)
-    ids_TK = topk_ids_TK.to(torch.int64).contiguous()
-    wrong = add_few(y_TH, x_TH.float(), weights_TK.contiguous(), ids_TK, w13, w2, identities, num_slots)
+    ids_TK, weights_TK = topk_ids_TK.to(torch.int64).contiguous(), weights_TK.contiguous()
+    rows = y_TH, x_TH.float().contiguous(), weights_TK, ids_TK
+    wrong = add_few(*rows, w13.contiguous(), w2.contiguous(), identities, num_slots)
     _check_bounds(wrong, wrong, num_slots)
     return y_TH.to(x_TH.dtype)
 
@@ -193,7 +195,8 @@ def _choices_by_loop(topk_ids_TK: Tensor, num_experts: int, num_slots: int) -> t
     """(the choices t * K + k that have a row, by expert, padded; expert_offsets), for the compiled loops."""
     choice_N = torch.zeros(topk_ids_TK.numel() + _MOST_PADDING, dtype=torch.int64)
     expert_offsets = torch.empty(num_experts + 1, dtype=torch.int64)
-    wrong = sort_by_loop(topk_ids_TK.to(torch.int64).reshape(-1), num_slots, choice_N, expert_offsets)
+    ids_N = topk_ids_TK.to(torch.int64).reshape(-1).contiguous()  # reshape alone leaves a column of a table strided
+    wrong = sort_by_loop(ids_N, num_slots, choice_N, expert_offsets)
     _check_bounds(wrong, wrong, num_slots)
     return choice_N, expert_offsets
 
@@ -310,7 +313,7 @@ def backward(
     """
     acc = weights_TK.dtype
     need_x, need_weights, need_w13, need_w2, need_alpha, need_beta, need_value = needs
-    grad_TH = grad_TH.to(acc)
+    x_TH, grad_TH = x_TH.contiguous(), grad_TH.to(acc).contiguous()
     dx_TH = grad_TH * alpha_T[:, None] if need_x else x_TH.new_empty(0)
     dw13 = torch.empty_like(w13) if need_w13 else x_TH.new_empty(0)
     dw2 = torch.empty_like(w2) if need_w2 else x_TH.new_empty(0)
@@ -346,7 +349,7 @@ def backward(
         dvalue_CH = (beta_TC.t() @ grad_TH).to(value_CH.dtype) if need_value else dvalue_CH
     return (
         dx_TH.to(x_TH.dtype),
-        dweight_N[slot_row_TK] if need_weights else x_TH.new_empty(0),  # entry -1 is 0, for choices without a row
+        dweight_N[slot_row_TK.contiguous()] if need_weights else x_TH.new_empty(0),  # entry -1 is 0, for those rowless
         dw13,
         dw2,
         (grad_TH * x_TH).sum(-1) if need_alpha else x_TH.new_empty(0),

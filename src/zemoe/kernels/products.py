@@ -66,8 +66,8 @@ def add_by_loops(
     from .compiled import array
     from .loops import group_rows, lanes_of, multiply, rows_of_panels
 
-    I = w2.shape[2]
-    x_TH, token_N, weight_N1 = x_TH.float(), token_N.contiguous(), weight_N1.contiguous()
+    I, x_TH = w2.shape[2], x_TH.float()
+    token_N, weight_N1, expert_offsets = token_N.contiguous(), weight_N1.contiguous(), expert_offsets.contiguous()
     y, x, token, weight, up, down = (array(tensor) for tensor in (y_TH, x_TH, token_N, weight_N1.view(-1), w13, w2))
     all_groups = group_rows(array(expert_offsets), most)
     places, stop = all_groups[:, 3], 0
