@@ -18,6 +18,7 @@ from .baselines import BASELINES
 from .bench_layer import Case
 from .bench_plan import BenchRequest, Plan, make_plan
 from .bench_row import WRONG, Row
+from .compile_loops import compile_loops
 from .doctor import device_name, versions
 from .generate import CommandError
 
@@ -115,6 +116,7 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
     result: dict[str, Any] = {"zemoe": __version__, "finish": finish, "rows": rows}
     with _torch_state(plan):
         try:
+            compile_loops(plan.device, plan.dtype)
             with status.status("measuring the machine's ceilings") if status.is_terminal else nullcontext():
                 at = (measure.cpu_ceilings if plan.device.type == "cpu" else measure.cuda_ceilings)(plan.dtype)
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ stderr that says what to do.
 
 import io
 import json
+import logging
 import os
 import secrets
 import sys
@@ -25,6 +26,25 @@ def _complain(message: str) -> None:
     from .messages import one_line
 
     print(one_line(f"zemoe: error: {message}"), file=sys.stderr)
+
+
+class _Notes(logging.Handler):
+    """What the library's log says at level INFO, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"zemoe: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    logger, handler = logging.getLogger("zemoe"), _Notes()
+    before, logger.level = logger.level, logging.INFO
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level = before
 
 
 @contextmanager
@@ -299,7 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding hasn't got
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
-        code = app()(args=arguments or ["--help"], prog_name="zemoe", standalone_mode=False) or 0
+        with _notes():
+            code = app()(args=arguments or ["--help"], prog_name="zemoe", standalone_mode=False) or 0
         sys.stdout.flush()
         return code
     except usage_error as error:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from . import __version__
 from .checkpoint_fp8 import read_config
+from .compile_loops import compile_loops
 from .decoding import Generation, Sampling, TextStream, Token, generate
 from .doctor import usable_devices
 from .experts import resolve_backend
@@ -189,6 +190,9 @@ def load(request: Request) -> Loaded:
     with _failing_with(1):
         model = load_model(request.model, device, dtype, request.backend)
         report = patch_(model, request.backend)  # already patched: this tells the backend, and why that one
+    if report.backend == "cpu":
+        with _threads_for(model):  # as in `run`: other numbers of threads take other loops
+            compile_loops(device, model.dtype)
     return Loaded(model, tokenizer, prompt, style, ids, report.backend, report.backend_reason)
 
 

@@ -5,6 +5,7 @@ A compiled function is kept on disk until its own file changes, so it calls only
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -15,11 +16,30 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core import event
 from torch import Tensor
 
 from ..versions import warn_if_untested
 
 warn_if_untested("numba", numba.__version__)
+
+
+class _Told(event.Listener):
+    """One line in zemoe's log when the first of our loops is compiled, rather than found on disk."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self.told and event.data["dispatcher"].py_func.__module__.startswith(__package__):
+            self.told = True
+            logging.getLogger("zemoe").info("compiling loops for this CPU, once; it takes about ten seconds")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Told())
 
 
 def _has_safe_threads() -> bool:

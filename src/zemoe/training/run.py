@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..balance import longcat_balance_loss
+from ..compile_loops import compile_loops
 from ..controller import BudgetController
 from ..doctor import device_name, versions
 from ..routing import observe
@@ -72,7 +73,9 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
         Files(Path(settings.run.out), writes=processes.first) as files,
     ):
         prepared = prepare(settings, processes, files, resume=resume)
-        return Trainer(settings, processes, files, prepared, stop, listener).run()
+        trainer = Trainer(settings, processes, files, prepared, stop, listener)
+        compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
+        return trainer.run()
 
 
 @dataclass
