@@ -152,7 +152,7 @@ def test_which_layers_take_them() -> None:
     large = torch.empty(1, 1024, 1024, device="meta")
     assert products.loop_rows(x, w13, w2) == products.loop_rows(x, large, large) == sys.maxsize
     half = [tensor.bfloat16() for tensor in (x, w13, w2)]
-    fast = products.has_fast_bfloat16()
+    fast = products.FAST_BFLOAT16
     assert products.loop_rows(*half) == (64 if fast else sys.maxsize)
     assert products.loop_rows(half[0], large.bfloat16(), large.bfloat16()) == (24 if fast else sys.maxsize)
     assert products.loop_rows(x, *half[1:]) == products.loop_rows(half[0], w13, w2) == 0

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .products import (
+    FAST_BFLOAT16,
     add_by_loops,
     add_few,
-    has_fast_bfloat16,
     has_onednn,
     loop_rows,
     padded_rows,
@@ -93,7 +93,7 @@ class _Weights:
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and has_fast_bfloat16()):
+    if dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and FAST_BFLOAT16):
         return dtype
     return torch.float32
 

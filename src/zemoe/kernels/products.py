@@ -24,6 +24,28 @@ _PANELS = 2**20  # float32 numbers of gate and up that our loops compute before 
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
+def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(rows_MI, weight_OI, None, "none", [], "")
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows.
+
+    By trying: ONEDNN_MAX_CPU_ISA can keep oneDNN from the instructions that the CPU has.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    zeros = torch.zeros((2, 2), dtype=torch.bfloat16, device="cpu")
+    try:
+        _linear(zeros, zeros)
+    except RuntimeError:  # could not create a primitive descriptor
+        return False
+    return True
+
+
+FAST_BFLOAT16 = _has_fast_bfloat16()  # a constant to torch.compile, which can trace none of these questions
+
+
 def is_small(weight_EOI: Tensor) -> bool:
     """Whether an expert's weight is multiplied in less time than it takes torch to start."""
     return weight_EOI.shape[1] * weight_EOI.shape[2] <= _SMALL_WEIGHT
@@ -37,7 +59,7 @@ def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
     same = x_TH.dtype == w13.dtype == w2.dtype and x_TH.dtype in (torch.float32, torch.bfloat16)
     if not HAS_NUMBA or not same or any(not tensor.is_contiguous() or not tensor.numel() for tensor in (x_TH, w13, w2)):
         return 0
-    if x_TH.dtype == torch.bfloat16 and has_fast_bfloat16():
+    if x_TH.dtype == torch.bfloat16 and FAST_BFLOAT16:
         return _SMALL_WEIGHT_ROWS if is_small(w13) else _LOOP_ROWS_BFLOAT16
     return sys.maxsize
 
@@ -128,21 +150,12 @@ def has_onednn(weight: Tensor) -> bool:
     return usable and weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-
-
 def padded_rows(M: int) -> int:
     """The number of rows that `product` likes to get for M: its kernels work in blocks, and are built once a size."""
     if M <= 3:
         return max(M, 2)  # MKL reads a weight twice as fast for two rows as for one
     block = 16 if _DIRECT_ROWS < M <= _SWAP_ROWS else 8
     return -(-M // block) * block
-
-
-def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(rows_MI, weight_OI, None, "none", [], "")
 
 
 def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor:
