@@ -8,10 +8,12 @@ PIP    := $(BIN)/pip --quiet --disable-pip-version-check
 OLDEST := $(VENV)/transformers-5.17.0
 VLLM   := .venv-vllm
 SGLANG := .venv-sglang
+# The newest of everything, in an environment that goes afterwards.
+NEWEST := .venv-newest
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-vllm vllm-minors test-sglang test-gpu check-arch sglang bench check clean
+.PHONY: run environments test test-oldest test-newest test-vllm vllm-minors test-sglang test-gpu check-arch sglang bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -24,6 +26,23 @@ test: $(READY) test-oldest test-vllm
 
 test-oldest: $(READY) $(OLDEST)
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/test_transformers*.py tests/test_checkpoint*.py tests/test_retrofit.py
+
+# By hand for each issue: the newest transformers, triton and numba beside the torch of constraints.txt, then the newest
+# torch, with the triton that it pins; its build is CUDA's, some gigabytes. What is newer than zemoe/versions.py says fails
+# test_versions.py: then look, and move the table. TESTS=... takes other tests.
+TESTS :=
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip --quiet --disable-pip-version-check install $(shell grep '^torch==' constraints.txt)
+	$(NEWEST)/bin/pip --quiet --disable-pip-version-check install --upgrade --upgrade-strategy eager \
+		$(shell grep '^torch==' constraints.txt) --editable '.[dev]'
+	$(NEWEST)/bin/pip freeze --disable-pip-version-check | grep -iE '^(torch|transformers|triton|numba|numpy)=='
+	$(subst $(BIN),$(NEWEST)/bin,$(PYTEST)) $(TESTS)
+	$(NEWEST)/bin/pip --quiet --disable-pip-version-check install --upgrade torch
+	$(NEWEST)/bin/pip freeze --disable-pip-version-check | grep -iE '^(torch|transformers|triton|numba|numpy)=='
+	$(subst $(BIN),$(NEWEST)/bin,$(PYTEST)) $(TESTS)
+	rm -rf $(NEWEST)
 
 # vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
 test-vllm: $(VLLM)/.ready
@@ -83,7 +102,7 @@ check: $(READY)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist
+	rm -rf $(VENV) $(VLLM) $(SGLANG) $(NEWEST) build dist
 
 # torch comes first and alone: with it in place no later step pulls in a much larger build as a dependency.
 $(READY): pyproject.toml constraints.txt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +18,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, instead of skipping, gpu tests without a GPU")
 
 
+@functools.cache
+def _mend_the_interpreter() -> None:
+    """Triton 3.9's interpreter loads and stores by masks of bools alone, but ands a block and a scalar to integers."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def of_bools(mask: TensorHandle) -> TensorHandle:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self, ptrs, mask, *rest, **named):
+        return load(self, ptrs, of_bools(mask), *rest, **named)
+
+    def masked_store(self, ptrs, value, mask, *rest, **named):
+        return store(self, ptrs, value, of_bools(mask), *rest, **named)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("triton") and not torch.cuda.is_available() and find_spec("triton"):
+        _mend_the_interpreter()
     if torch.cuda.is_available():
         return
     if item.config.getoption("--require-gpu"):

@@ -122,6 +122,11 @@ class TestTemporarilySetAttrs:
         x, logits = tokens()
         assert layer.route(x, logits).topk_ids_TK.shape == (10, 5)
 
+    @pytest.mark.xfail(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+        reason="torch 2.11 and 2.12 can't trace the context manager",
+        strict=True,
+    )
     def test_traced_whole(self):
         layer = zero_layer(router=Classifier())
         x, logits = tokens()
