@@ -83,7 +83,7 @@ def _moe_from_logits(
         ids_TK,
         num_experts=num_experts,
         zero_expert_kinds=((kind, num_slots - num_experts),) if num_slots > num_experts else (),
-    )
+    ).to(x_TH.dtype)  # which autocast changes
 
 
 def moe_from_logits(

@@ -7,6 +7,7 @@ A new device is one `impl` line an op.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -61,6 +62,16 @@ def define(schema: str, *, vmap: bool = True) -> None:
         torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
 
 
+def implement(name: str, key: str, kernel: Callable) -> None:
+    """Register `kernel` as what computes zemoe::name on a device, in the dtypes that it says also under autocast."""
+
+    def in_its_dtypes(first: Tensor, *args: object) -> object:
+        with without_autocast(first.device):
+            return kernel(first, *args)
+
+    torch.library.impl("zemoe::" + name, key, in_its_dtypes)
+
+
 def _rows_like(tensor: Tensor) -> Tensor:
     """A result of this shape and dtype; contiguous, whatever the strides of the argument."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -69,8 +80,8 @@ def _rows_like(tensor: Tensor) -> Tensor:
 # --- topk_ids: the ids of the k largest values, ties to the lower id ---
 
 define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor", vmap=False)
-torch.library.impl("zemoe::topk_ids", "CPU", topk.on_host)
-torch.library.impl("zemoe::topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
+implement("topk_ids", "CPU", topk.on_host)
+implement("topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
 
 
 @torch.library.register_fake("zemoe::topk_ids")
@@ -93,7 +104,7 @@ define(
     "select_few(Tensor logits, Tensor? bias, int k, int dropped, bool renormalize, float scaling) -> (Tensor, Tensor)",
     vmap=False,
 )
-torch.library.impl("zemoe::select_few", "CPU", topk.select_few)
+implement("select_few", "CPU", topk.select_few)
 
 
 @torch.library.register_fake("zemoe::select_few")
@@ -122,13 +133,15 @@ def select_few(
 # --- plan: rows sorted by expert ---
 
 define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)", vmap=False)
-torch.library.impl("zemoe::plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
+implement("plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
 
 
-@torch.library.impl("zemoe::plan", "CPU")
 def _plan_cpu(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     cpu.check_ids(topk_ids, num_slots)
     return cpu.make_plan(topk_ids, num_experts)
+
+
+implement("plan", "CPU", _plan_cpu)
 
 
 @torch.library.register_fake("zemoe::plan")
@@ -159,8 +172,8 @@ define(
     "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, Tensor preact, str activation, bool[7] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-torch.library.impl("zemoe::moe_ffn", "CPU", cpu.forward)
-torch.library.impl("zemoe::moe_ffn_backward", "CPU", cpu.backward)
+implement("moe_ffn", "CPU", cpu.forward)
+implement("moe_ffn_backward", "CPU", cpu.backward)
 
 
 @torch.library.register_fake("zemoe::moe_ffn")
@@ -255,7 +268,7 @@ define(
     "Tensor? value, int num_slots, str activation) -> Tensor",
     vmap=False,
 )
-torch.library.impl("zemoe::moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
+implement("moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
 
 
 @torch.library.register_fake("zemoe::moe_ffn_from_ids")
@@ -288,7 +301,7 @@ define(
     "-> Tensor",
     vmap=False,
 )
-torch.library.impl("zemoe::moe_ffn_few", "CPU", cpu.forward_few)
+implement("moe_ffn_few", "CPU", cpu.forward_few)
 takes_few = cpu.takes_few
 
 
@@ -311,8 +324,8 @@ def moe_ffn_few(
 
 define("gather_rows(Tensor x, Tensor row_token, Tensor slot_row) -> Tensor")
 define("sum_rows(Tensor rows, Tensor slot_row, Tensor row_token) -> Tensor")
-torch.library.impl("zemoe::gather_rows", "CompositeExplicitAutograd", grouped.gather_rows)
-torch.library.impl("zemoe::sum_rows", "CompositeExplicitAutograd", grouped.sum_rows)
+implement("gather_rows", "CompositeExplicitAutograd", grouped.gather_rows)
+implement("sum_rows", "CompositeExplicitAutograd", grouped.sum_rows)
 
 
 @torch.library.register_fake("zemoe::gather_rows")
@@ -346,8 +359,8 @@ torch.library.register_autograd("zemoe::sum_rows", _sum_rows_autograd, setup_con
 
 define("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets) -> Tensor")
 define("grouped_outer(Tensor left, Tensor right, Tensor expert_offsets) -> Tensor")
-torch.library.impl("zemoe::grouped_linear", "CompositeExplicitAutograd", grouped.linear)
-torch.library.impl("zemoe::grouped_outer", "CompositeExplicitAutograd", grouped.outer)
+implement("grouped_linear", "CompositeExplicitAutograd", grouped.linear)
+implement("grouped_outer", "CompositeExplicitAutograd", grouped.outer)
 
 
 @torch.library.register_fake("zemoe::grouped_linear")
@@ -382,7 +395,12 @@ def _grouped_outer_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | 
 torch.library.register_autograd("zemoe::grouped_linear", _grouped_linear_autograd, setup_context=_save_inputs)
 torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd, setup_context=_save_inputs)
 
-moe_ffn_grouped = grouped.moe_ffn
+
+def moe_ffn_grouped(x_TH: Tensor, *args: Any) -> Tensor:
+    """`moe_ffn` of any device, by the operators above: the same arguments. Differentiable twice."""
+    with without_autocast(x_TH.device):
+        return grouped.moe_ffn(x_TH, *args)
+
 
 __all__ = [
     "ACTIVATIONS",
