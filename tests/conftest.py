@@ -23,8 +23,8 @@ def _mend_the_interpreter() -> None:
     """Triton 3.9's interpreter loads and stores by masks of bools alone, but ands a block and a scalar to integers."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def of_bools(mask: TensorHandle) -> TensorHandle:
-        return TensorHandle(mask.data.astype(bool), mask.dtype)
+    def of_bools(mask):  # of a descriptor it is an array of bools
+        return TensorHandle(mask.data.astype(bool), mask.dtype) if isinstance(mask, TensorHandle) else mask
 
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
