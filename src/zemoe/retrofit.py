@@ -21,6 +21,7 @@ from .config import MoEConfig
 from .experts import unflatten
 from .layer import weighted_experts
 from .routing import Routing, Selector, router_logits
+from .separate_experts import LoadsSeparateExperts
 
 
 def new_router_rows(weight_EH: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -59,11 +60,8 @@ class ZeroExpertGate(StaysFloat32):
         return logits_TA, self._buffers.get("e_score_correction_bias")
 
 
-class ZeroExpertExperts(nn.Module):
+class ZeroExpertExperts(LoadsSeparateExperts):
     """A trained block's experts, for all slots where the block gives its rules; mixed in likewise."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
 
     def forward(self, x_TH: Tensor, *choices: Tensor, routing: Routing | None = None, rules: Any = None) -> Tensor:
         """[T, H], the weighted sums by `routing` over all A slots and the block's `rules`, a MoEConfig.

@@ -28,6 +28,7 @@ from ..checkpoint import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts, unflatten
 from ..routing import Routing, RoutingModule, router_logits, select_experts
+from ..separate_experts import LoadsSeparateExperts
 from ..versions import warn_if_untested
 
 warn_if_untested("transformers", transformers.__version__)
@@ -115,7 +116,7 @@ def expert_rank(mesh: DeviceMesh) -> int:
     return mesh.get_local_rank(None if mesh.ndim == 1 else "ep")
 
 
-class ZeroExpertLongcatExperts(StockExperts):
+class ZeroExpertLongcatExperts(LoadsSeparateExperts, StockExperts):
     """The experts: `gate_up_proj` [E, 2I, H] without rows for zero experts, `down_proj` [E, H, I], one fused op.
 
     The identity experts' weights go through `identity_expert`, where a tensor-parallel plan divides by the number of
@@ -140,6 +141,10 @@ class ZeroExpertLongcatExperts(StockExperts):
         self.gate_up_proj = nn.Parameter(torch.empty(layer.num_experts, 2 * layer.intermediate_size, layer.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(layer.num_experts, layer.hidden_size, layer.intermediate_size))
         self.adopt(config)
+
+    @property
+    def experts_on_disk(self) -> int:
+        return self.total_experts
 
     def adopt(self, config: Any) -> None:
         """Make stock experts ours, in place, but for their dead rows."""

@@ -114,14 +114,31 @@ def _deepseek_rules(block: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Family:
-    """Stock's block, gate and experts, in this order, and our classes for them; the router's rules for MoEConfig."""
+    """Stock's block, gate and experts, in this order, and our classes for them; the router's rules for MoEConfig.
+
+    on_disk: what checkpoints call the block, where that is not its name in the model.
+    """
 
     ours: Mapping[type[nn.Module], type[nn.Module]]
     rules: Callable[[Any], dict[str, Any]]
+    on_disk: str | None = None
 
     @property
     def block(self) -> type[nn.Module]:
         return next(iter(self.ours))
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """A hook of the module that owns a block: what a checkpoint calls by one name is loaded by another."""
+
+    name: str
+    own: str
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        theirs = f"{prefix}{self.name}."
+        for key in [key for key in state_dict if key.startswith(theirs)]:
+            state_dict[f"{prefix}{self.own}.{key[len(theirs) :]}"] = state_dict.pop(key)
 
 
 _FAMILIES = (
@@ -140,6 +157,7 @@ _FAMILIES = (
             mixtral.MixtralExperts: ZeroExpertMixtralExperts,
         },
         rules=_mixtral_rules,
+        on_disk="block_sparse_moe",
     ),
     _Family(
         ours={
@@ -233,6 +251,10 @@ def retrofit_(
         for block in changed:
             _to_stock(block)
         raise
+    for name, (_, family) in blocks.items():
+        owner, _, own = name.rpartition(".")
+        if family.on_disk is not None and own:
+            model.get_submodule(owner).register_load_state_dict_pre_hook(_OnDisk(family.on_disk, own))
     return tuple(blocks)
 
 
@@ -241,6 +263,10 @@ def unretrofit_(model: nn.Module) -> tuple[str, ...]:
     blocks: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, ZeroExpertBlock)}
     for block in blocks.values():
         _to_stock(block)
+    for part in model.modules():
+        hooks = part._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), _OnDisk)]:
+            del hooks[key]
     return tuple(blocks)
 
 
