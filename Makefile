@@ -13,7 +13,7 @@ NEWEST := .venv-newest
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-newest test-vllm vllm-minors test-sglang test-gpu check-arch sglang bench check clean
+.PHONY: run environments test test-oldest test-newest test-vllm vllm-minors test-sglang test-gpu check-arch sglang fuzz bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -92,6 +92,12 @@ sglang: $(READY)
 		$(PIP) download --no-deps --only-binary :all: --dest $(WHEELS) sglang==$$version; done
 	$(BIN)/python tests/sglang_facts.py $(WHEELS)
 	$(BIN)/python -m pytest tests/test_sglang.py
+
+# Damaged folders through everything that reads them; the tests draw a few hundred.
+N ?= 2000
+SEED ?= 1
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz_folders.py --cases $(N) --seed $(SEED)
 
 bench: $(READY)
 	$(BIN)/zemoe bench

@@ -34,12 +34,15 @@ _ALIASES = {
 _NGRAM = ("oe_", "ngram_", "emb_neighbor_num", "emb_split_num")
 
 
+_MOST = 2**53  # what float64 and torch's integers hold without loss
+
+
 def _is_count(value: object, minimum: int = 1) -> bool:
-    return type(value) is int and value >= minimum
+    return type(value) is int and minimum <= value < _MOST
 
 
 def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 2.0**127  # float32 holds it
+    return (type(value) is int and abs(value) < _MOST) or (type(value) is float and abs(value) < 2.0**127)  # as float32
 
 
 def _is_bool(value: object) -> bool:
@@ -69,7 +72,7 @@ _DTYPE: Check = (
 )
 # Entries that may be absent, with what they must be.
 _OPTIONAL: dict[str, Check] = {
-    "max_position_embeddings": (_is_count, "an integer >= 1, or absent"),
+    "max_position_embeddings": (_is_count, "an integer from 1 to 2**53, or absent"),
     "initializer_range": (lambda value: _is_number(value) and value >= 0, "a finite number >= 0, or absent"),
     "rms_norm_eps": _POSITIVE,
     "attention_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "between 0 and 1, or absent"),
@@ -81,8 +84,8 @@ _OPTIONAL: dict[str, Check] = {
     "tie_word_embeddings": _BOOL,
     "attention_bias": _BOOL,
     "output_router_logits": _BOOL,
-    "pad_token_id": (_is_id, "an integer >= 0, null or absent"),
-    "bos_token_id": (_is_id, "an integer >= 0, null or absent"),
+    "pad_token_id": (_is_id, "an integer from 0 to 2**53, null or absent"),
+    "bos_token_id": (_is_id, "an integer from 0 to 2**53, null or absent"),
     "eos_token_id": (
         lambda value: _is_id(value) or (isinstance(value, list) and all(_is_count(item, 0) for item in value)),
         "an integer >= 0, a list of such, null or absent",
@@ -107,7 +110,7 @@ _OPTIONAL: dict[str, Check] = {
 _ROPE: dict[str, Check] = {
     "rope_theta": _AT_LEAST_1,
     "factor": _AT_LEAST_1,
-    "original_max_position_embeddings": (_is_count, "an integer >= 1"),
+    "original_max_position_embeddings": (_is_count, "an integer from 1 to 2**53"),
     "attention_factor": _POSITIVE,
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
@@ -136,9 +139,9 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
         refuse("model_type", "'longcat_flash' (the supported architecture)")
     for key in _SIZES:
         if not _is_count(config.get(key)):
-            refuse(key, "an integer >= 1")
+            refuse(key, "an integer from 1 to 2**53")
     if not _is_count(config.get("zero_expert_num"), 0):
-        refuse("zero_expert_num", "an integer >= 0")
+        refuse("zero_expert_num", "an integer from 0 to 2**53")
     for key, value in config.items():
         if key.startswith(_NGRAM) and value:
             refuse(key, "absent: n-gram embeddings (LongCat-2.0, LongCat-Flash-Lite) are no part of LongCat-Flash")

@@ -214,7 +214,7 @@ def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str,
     painter.prompt(loaded.prompt)
     unshown: list[int] = []  # of the tokens whose text isn't complete yet; the text gets their mean
     try:
-        with _failing_with(1), _threads_for(loaded.model):
+        with _failing_with(1, f"{request.model}: "), _threads_for(loaded.model):
             for token in generate(loaded.model, loaded.prompt_ids, request.sampling, request.max_new_tokens, made):
                 unshown.append(token.ffn_experts)
                 if text := stream.push(token.id):

@@ -172,18 +172,27 @@ def load_config(folder: str | Path) -> transformers.LongcatFlashConfig:
         raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
-def _check_beside(folder: Path) -> None:
-    """What from_pretrained reads beside config.json and the weights. Raises CheckpointError."""
-    adapter, generation = folder / "adapter_config.json", folder / "generation_config.json"
-    if adapter.exists():
-        raise CheckpointError(f"{adapter}: adapters are not supported, give a folder with all weights")
-    if not os.path.lexists(generation):
-        return
-    for key, value in load_json(generation).items():
-        try:
-            transformers.GenerationConfig.from_dict({key: value})
-        except _WRONG_VALUE as error:
-            raise CheckpointError(f"{generation}: {key} must be something else than {value!r} ({error})") from error
+def _generation_config(folder: Path, config: transformers.LongcatFlashConfig) -> transformers.GenerationConfig:
+    """What generation_config.json says, or where there is none `config`. Raises CheckpointError."""
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return transformers.GenerationConfig.from_model_config(config)
+    entries = load_json(path)
+    try:
+        return transformers.GenerationConfig.from_dict(dict(entries))
+    except _WRONG_VALUE as error:
+        names = (
+            ", ".join(key for key, value in entries.items() if not _makes_sense(key, value)) or "its entries together"
+        )
+        raise CheckpointError(f"{path}: {names} can't be used by transformers ({error})") from error
+
+
+def _makes_sense(key: str, value: Any) -> bool:
+    try:
+        transformers.GenerationConfig.from_dict({key: value})
+    except _WRONG_VALUE:
+        return False
+    return True
 
 
 _LOADING = threading.Lock()  # `applied` is for the process: one thread must not leave it while another one loads
@@ -211,10 +220,14 @@ def load_model(
     """
     folder = Path(folder)
     manifest, config = verify_any(folder), load_config(folder)
-    _check_beside(folder)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        raise CheckpointError(f"{adapter}: adapters are not supported, give a folder with all weights")
+    generation = _generation_config(folder, config)
     if isinstance(manifest, QuantizedManifest):
         with _LOADING, applied():
             model: Any = load_dequantized(manifest, config, torch.bfloat16 if dtype == "auto" else _dtype_of(dtype))
+        model.generation_config = generation
         model.to(device)
         patch_(model, backend)
         return model
@@ -222,6 +235,7 @@ def load_model(
         loaded: Any = modeling.LongcatFlashForCausalLM.from_pretrained(
             folder,
             config=config,
+            generation_config=generation,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from transformers import LongcatFlashConfig
 
-from ..regular_files import MOST_JSON_BYTES, read_bytes, reason
+from ..regular_files import MOST_JSON_BYTES, check_regular, read_bytes, reason
 from . import data, state
 from .data import END_OF_TEXT, Corpus
 from .export import recover
@@ -59,7 +59,10 @@ class Files(AbstractContextManager["Files"]):
             return
         with self.writing("the file lock"):
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.out / "lock").open("ab")
+            lock = self.out / "lock"
+            lock.touch()
+            check_regular(lock)  # opening a pipe would wait
+            self._lock = lock.open("ab")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -78,8 +81,10 @@ class Files(AbstractContextManager["Files"]):
             return
         size = reader.about["metrics_bytes"] if reader is not None else 0
         if reader is not None:
-            with suppress(OSError), self.metrics.open("rb") as file:
-                self._told = hashlib.sha256(file.read(size))
+            with suppress(OSError):
+                check_regular(self.metrics)
+                with self.metrics.open("rb") as file:
+                    self._told = hashlib.sha256(file.read(size))
             if self._told.hexdigest() != reader.about["metrics_sha256"]:
                 raise StateError(
                     f"{self.metrics}: damaged (its first {size} bytes are not those that were written); put them back, "
@@ -87,6 +92,7 @@ class Files(AbstractContextManager["Files"]):
                 )
         with self.writing("settings.json or metrics.jsonl"):
             self.metrics.touch()
+            check_regular(self.metrics)
             self._metrics = self.metrics.open("r+b")
             state.write_json(self.out / "settings.json", state.sealed(settings.as_dict()))
             self._metrics.truncate(size)

@@ -273,7 +273,9 @@ class Trainer:
         progress = self.progress
         best = progress.best_bits is None or bits < progress.best_bits
         if not math.isfinite(loss):
-            raise Diverged(f"the held-out loss is {loss} at step {progress.step}; {self.files.last_state()}")
+            start = self.settings.model.start
+            where = f"at step {progress.step}" if progress.step else f"of model.start={start}, before the first step"
+            raise Diverged(f"the held-out loss is {loss} {where}; {self.files.last_state()}")
         if best:
             progress.best_step, progress.best_bits = progress.step, bits
             run = self.settings.run
