@@ -30,6 +30,7 @@ def _case(T: int) -> Case:
 def _experts(case: Case, dtype: torch.dtype, backend: str, forward: bool, backward: bool) -> list[Tensor]:
     """Output and gradients; `forward`, `backward`: which of them are inside of autocast."""
     inputs = case.inputs(dtype)
+    assert inputs.affine is not None
     tensors = [*inputs[:4], *inputs.affine]
     x, w13, w2, weights, *affine = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     rules = {"num_experts": case.E, "zero_expert_kinds": KINDS, "affine_params": AffineParams(*affine)}

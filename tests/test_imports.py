@@ -130,7 +130,7 @@ def test_packages_at_the_top(path):
     allowed = TOP_LEVEL.get(room(path), {"torch"}) | {"zemoe"} | set(sys.stdlib_module_names)
     if path.relative_to(ROOT).parts[:2] == ("kernels", "triton"):
         allowed |= {"triton"}
-    if path.name in ("choices.py", "compiled.py", "loops.py"):
+    if path.name in ("choices.py", "compiled.py", "loop_cache.py", "loops.py"):
         allowed |= {"numba", "llvmlite", "numpy"}
     assert {name.split(".")[0] for name in imports(path, nested=False)} <= allowed
 

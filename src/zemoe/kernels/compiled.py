@@ -20,6 +20,7 @@ from numba.core import event
 from torch import Tensor
 
 from ..versions import warn_if_untested
+from .loop_cache import LoopCache
 
 warn_if_untested("numba", numba.__version__)
 
@@ -86,12 +87,9 @@ def compiled(**how: Any) -> Callable[[Callable], Callable]:
     """numba.njit, kept on disk from one process to the next where there is a place to write to."""
 
     def decorate(loop: Callable) -> Callable:
-        try:
-            return numba.njit(cache=True, **how)(loop)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            return numba.njit(**how)(loop)
+        dispatcher: Any = numba.njit(**how)(loop)
+        dispatcher._cache = LoopCache(loop)
+        return dispatcher
 
     return decorate
 
