@@ -18,14 +18,14 @@ import pytest
 from tiny_checkpoint import CONTEXT, write_checkpoint
 from zemoe.generate import OPENINGS
 
-PROGRAM = [sys.executable, "-c", "import sys; from zemoe.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-c", "import sys; from zemoe_main import main; sys.exit(main())"]
 # The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal, and with that
 # signal as a terminal's shell leaves it: a test run that was started in the background ignores it, and hands that down.
 PROGRAM_ON_TERMINAL = [
     sys.executable,
     "-c",
     "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "signal.signal(signal.SIGINT, signal.default_int_handler); from zemoe.cli import main; sys.exit(main())",
+    "signal.signal(signal.SIGINT, signal.default_int_handler); from zemoe_main import main; sys.exit(main())",
 ]
 
 
@@ -80,7 +80,7 @@ def test_a_reader_that_goes_away(checkpoint, when):
         process.stdout.readline()
     process.stdout.close()
     complaints = process.stderr.read().decode(errors="replace")
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=120) == 141
     assert "Broken" not in complaints and "Traceback" not in complaints
 
 

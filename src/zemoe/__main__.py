@@ -1,7 +1,7 @@
-"""`python -m zemoe`: the `zemoe` command."""
+"""`python -m zemoe`: the `zemoe` command, but for a Ctrl-C while the package itself is imported."""
 
 import sys
 
-from .cli import main
+from zemoe_main import main
 
 sys.exit(main())

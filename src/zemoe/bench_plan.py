@@ -5,6 +5,7 @@ T tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -89,6 +90,8 @@ def _full_device(name: str | None) -> torch.device:
 def _check_file(option: str, path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise CommandError(f"{option} must be a file in a folder that exists, got {path}")
+    if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"{option}: {path} can't be written", 1)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -134,7 +137,8 @@ def make_plan(request: BenchRequest) -> Plan:
     for name in request.baselines:
         if name not in BASELINES:
             raise CommandError(f"--baseline must list some of {', '.join(BASELINES)}, or be none, got {name!r}")
-    dtype = request.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = default if request.dtype is None else request.dtype
     if dtype not in DTYPES:
         raise CommandError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if request.skew is not None and not 0 < request.skew <= 1:

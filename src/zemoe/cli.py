@@ -1,15 +1,13 @@
 """The `zemoe` command: its options, and how its errors and exit codes come about.
 
 Exit codes: 0; 1 for what failed on the way; 2 for what was asked wrongly; 130 after Ctrl-C. An error is one line on
-stderr that says what to do.
+stderr that says what to do. The process begins in `zemoe_main`, which imports this.
 """
 
 # No `from __future__ import annotations` here: typer evaluates annotations; those in `app` name what it imported.
 
-import io
 import json
 import logging
-import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,6 +56,9 @@ def _one_line_errors() -> Iterator[None]:
     except CommandError as error:
         _complain(str(error))
         raise typer.Exit(error.code) from None
+    except OSError as error:  # a file that can't be written; of the output streams zemoe_main takes care
+        _complain(str(error))
+        raise typer.Exit(1) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -314,21 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
 
     usage_error: Any = typer.BadParameter.__base__  # its own in new versions of typer, click's in old ones
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding hasn't got
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         with _notes():
-            code = app()(args=arguments or ["--help"], prog_name="zemoe", standalone_mode=False) or 0
-        sys.stdout.flush()
-        return code
+            return app()(args=arguments or ["--help"], prog_name="zemoe", standalone_mode=False) or 0
     except usage_error as error:
         _complain(f"{error.format_message()} (zemoe --help tells more)")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read has gone: that is no error of ours, and Python must not complain about it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,7 +106,9 @@ def _stored(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(request: TrainRequest, out: Console, as_json: bool) -> int:
-    """Train, showing it on `out`; the exit code: 0, 130 for a run that was stopped. Raises CommandError.
+    """Train, showing it on `out`; the exit code: 0, or 130 or 143 for a run that Ctrl-C or SIGTERM stopped.
+
+    Raises CommandError.
 
     Of the processes that torchrun starts, the first alone shows the run. An error is told by each: the first one to
     end has torchrun end the others, perhaps before they could say anything.
@@ -134,7 +137,9 @@ def _run(request: TrainRequest, view: View, first: bool) -> int:
         end = train(settings, resume=request.resume, listener=view)
     if settings.report.plots and first:
         draw(Path(settings.run.out))
-    return 130 if end["reason"] == "stopped" else 0
+    if end["reason"] != "stopped":
+        return 0
+    return 128 + (signal.SIGTERM if end["signal"] == "SIGTERM" else signal.SIGINT)
 
 
 def dry_run(request: TrainRequest, out: Console) -> dict[str, Any]:

@@ -246,10 +246,10 @@ def read_cache(cache: Path) -> Corpus | None:
         with safe_open(cache, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             train_bytes, heldout_bytes = about["bytes"]
-            tokens = [file.get_tensor(name) for name in ("train", "heldout")]
-        if any(stream.dtype != torch.int32 or stream.dim() != 1 for stream in tokens):
+            train, heldout = file.get_tensor("train"), file.get_tensor("heldout")
+        if any(tokens.dtype != torch.int32 or tokens.dim() != 1 for tokens in (train, heldout)):
             raise ValueError("tokens must be int32")
-        corpus = Corpus(*tokens, train_bytes, heldout_bytes, about["fingerprint"])
+        corpus = Corpus(train, heldout, train_bytes, heldout_bytes, about["fingerprint"])
         if corpus.sha256 != about["sha256"]:
             raise ValueError("its content is not what was written")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -50,7 +50,8 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
     The same settings give the same numbers, also when a run was killed and resumed: what a step computes depends on
     the state before it and on the seed. When that holds to the bit is in docs/train.md, "To the bit".
 
-    SIGINT and SIGTERM end the run after the step: its state is saved. Another SIGINT raises KeyboardInterrupt at once.
+    SIGINT and SIGTERM end the run after the step: its state is saved. Another SIGINT raises KeyboardInterrupt at once,
+    as the first one does before there is a step.
 
     Args:
         resume: go on from the last state; from the start if there is none yet.
@@ -59,7 +60,8 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
             in nats a token, the rest is of this step), "eval", "saved" and "end". They are the lines of metrics.jsonl.
 
     Returns:
-        The "end" record: reason "finished" or "stopped".
+        The "end" record: reason "finished" or "stopped"; signal: the name of the one that came, None if it came to
+        another process.
 
     Raises:
         SettingsError: for what can't be trained as it was asked for; nothing has been changed.
@@ -69,13 +71,13 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
     """
     with (
         ranks(settings.run) as processes,
-        stopping() as stop,  # not before: until the processes have met, nobody would look whether a signal came
         Files(Path(settings.run.out), writes=processes.first) as files,
     ):
         prepared = prepare(settings, processes, files, resume=resume)
-        trainer = Trainer(settings, processes, files, prepared, stop, listener)
+        trainer = Trainer(settings, processes, files, prepared, listener)
         compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
-        return trainer.run()
+        with stopping() as stop:  # not before: there is nothing to save, and a signal may end the process at once
+            return trainer.run(stop)
 
 
 @dataclass
@@ -100,10 +102,9 @@ class Trainer:
         processes: Ranks,
         files: Files,
         prepared: Prepared,
-        stop: Stop,
         listener: Callable[[Record], None],
     ) -> None:
-        self.settings, self.ranks, self.files, self.stop, self.listener = settings, processes, files, stop, listener
+        self.settings, self.ranks, self.files, self.listener = settings, processes, files, listener
         self.corpus = prepared.corpus
         config, train, reader = prepared.config, settings.train, prepared.reader
         self.K_e = prepared.ffn_experts
@@ -205,19 +206,19 @@ class Trainer:
 
     # ---- the loop
 
-    def run(self) -> Record:
-        """All steps that are left. Returns the "end" record."""
+    def run(self, stop: Stop) -> Record:
+        """All steps that are left, or those until a stop is asked for. Returns the "end" record."""
         self._tell(self._run_record())
         try:
-            reason = self._steps()
+            reason = self._steps(stop)
         except Diverged:
             self._tell(self._end_record("diverged"))
             raise
-        end = self._end_record(reason)
+        end = self._end_record(reason) | {"signal": stop.signal if reason == "stopped" else None}
         self._tell(end)
         return end
 
-    def _steps(self) -> str:
+    def _steps(self, stop: Stop) -> str:
         progress, run, steps = self.progress, self.settings.run, self.settings.train.steps
 
         def due(every: int) -> bool:
@@ -228,7 +229,7 @@ class Trainer:
         while progress.step < steps:
             begin = time.perf_counter()
             self._step()
-            stopped = self.ranks.any(self.stop.asked)
+            stopped = self.ranks.any(stop.asked)
             log, score, save = due(run.log_every) or progress.step == 1, due(run.eval_every), due(run.save_every)
             norm = self._read_losses() if log or score or save or stopped else math.nan
             record = self._train_record(norm) if log else None
