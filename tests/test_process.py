@@ -98,6 +98,11 @@ def in_shell(line: str, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**changes), check=False)
 
 
+def without_notes(err: str) -> str:
+    """Without the line that says that loops are compiled, which comes where nothing has cached them."""
+    return "".join(line for line in err.splitlines(True) if "compil" not in line)
+
+
 FULL = "zemoe: error: standard output can't be written (No space left on device)\n"
 CLOSED = "zemoe: error: standard output is closed; redirect it to /dev/null to have none\n"
 
@@ -119,7 +124,7 @@ CLOSED = "zemoe: error: standard output is closed; redirect it to /dev/null to h
 )
 def test_a_stream_that_takes_nothing(line, code, err):
     done = in_shell(line)
-    assert (done.returncode, done.stderr, done.stdout) == (code, err, "")
+    assert (done.returncode, without_notes(done.stderr), done.stdout) == (code, err, "")
 
 
 def test_without_standard_error():
@@ -157,7 +162,7 @@ def test_folders_that_cannot_be_written(tmp_path):
 
     try:
         done = run("generate", "--max-new-tokens", "2")
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, without_notes(done.stderr)) == (0, "")
         done = run("train", "--data", "my.txt")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert done.stderr.startswith("zemoe: error: runs/zemoe: ")
@@ -171,4 +176,4 @@ def test_no_home(tmp_path):
     env = {key: value for key, value in environment().items() if key not in ("HOME", "XDG_CACHE_HOME")}
     command = [*PROGRAM, "generate", "--max-new-tokens", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, without_notes(done.stderr)) == (0, "")
