@@ -240,6 +240,14 @@ DAMAGE = {
     ),
     "tensor of integers": (edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].int()})), [EXPERT, "I32", "BF16"]),
     "tensor too many": (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), ["model.safetensors", "extra"]),
+    "tensor whose name a terminal obeys": (
+        edit_tensors(lambda t: t.update({"\x1b[2Jred\x1b]0;title\x07": torch.zeros(1)})),
+        ["model.safetensors: tensor \\x1b[2Jred\\x1b]0;title\\x07 [1] is not part"],
+    ),
+    "tensor with a name of 30,000 letters": (
+        edit_tensors(lambda t: t.update({"a" * 30_000: torch.zeros(1)})),
+        ["model.safetensors: tensor aaa", "is not part of this config.json"],
+    ),
     "no correction bias": (
         edit_tensors(lambda t: t.pop("model.layers.0.mlp.router.e_score_correction_bias")),
         ["model.layers.0.mlp.router.e_score_correction_bias", "missing"],

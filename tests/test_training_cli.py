@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,57 @@ def test_what_belongs_to_a_checkpoint_stays_with_it(train, checkpoint, tmp_path)
     export = tmp_path / "run" / "export"
     assert {name: (export / name).read_text() for name in beside} == beside
     assert not (export / "optimizer.pt").exists()
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """TimeoutError in what waits longer, for example to open a pipe."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+IN_A_RUN = ["lock", "metrics.jsonl", "settings.json", "tokenizer.json", "states/step-00000004/state.json"]
+
+
+def test_pipes_in_the_folder_of_a_run(train, tmp_path, capsys):
+    assert train()[0] == 0
+    for name in [*IN_A_RUN, "states/step-00000004/tensors-00001.safetensors"]:
+        folder = shutil.copytree(tmp_path / "run", tmp_path / name.replace("/", "-"))
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with one_thread(), at_most(60):
+            code = main(["train", "--resume", "--out", str(folder)])
+        err = capsys.readouterr().err
+        assert code in (1, 2) and err.count("\n") == 1, err
+        assert name in err or (name == "lock" and "file lock" in err)
+
+
+def test_long_and_odd_paths(train, text, tmp_path, capsys):
+    """One line each, and the exit code for what was asked wrongly or could not be written."""
+    long, pipe = "n" * 300, tmp_path / "pipe"
+    os.mkfifo(pipe)
+    data = ["--data", str(text)]
+    out = ["--out", str(tmp_path / "run")]
+    asked = [["generate", "--model"], ["train", *data, *out, "--from"], ["train", *out, "--data"], ["report"]]
+    asked += [["train", *data, *out, "--config"], ["train", *data, *out, "--set", "model.tokenizer="]]
+    for arguments in asked:
+        for path in (long, str(tmp_path / long / "x"), str(pipe), "/dev/zero", "a\0b"):
+            joined = [*arguments[:-1], arguments[-1] + path] if arguments[-1].endswith("=") else [*arguments, path]
+            with at_most(60):
+                code = main(joined)
+            err = capsys.readouterr().err
+            assert code == 2 and err.count("\n") == 1 and len(err) <= 501 and err[:-1].isprintable(), joined
+    assert main(["train", *data, "--from", str(tmp_path), "--out", long]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_folder_of_a_run_is_kept(train, tmp_path):

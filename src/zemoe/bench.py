@@ -156,11 +156,14 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
         "baselines": {name: plan.absent.get(name) or "timed" for name in dict.fromkeys(request.baselines)},
         "notes": notes,
     }
-    if rows and request.csv is not None:
-        _write_csv(request.csv, rows, about)
-    if rows and request.plot is not None:
-        from .bench_plot import plot
+    try:
+        if rows and request.csv is not None:
+            _write_csv(request.csv, rows, about)
+        if rows and request.plot is not None:
+            from .bench_plot import plot
 
-        plot(rows, plan.baselines, bench_show.headline(about, rows[0]["dtype"]), request.plot)
+            plot(rows, plan.baselines, bench_show.headline(about, rows[0]["dtype"]), request.plot)
+    except OSError as error:
+        raise CommandError(f"{error.filename or request.csv}: could not be written ({error.strerror})", 1) from None
     wrong = any(row[f"{name}_method"].startswith(WRONG) for row in rows for name in plan.baselines)
     return 130 if finish == "interrupted" else int(wrong), result

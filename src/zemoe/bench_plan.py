@@ -19,6 +19,7 @@ from .baselines import BASELINES
 from .bench_layer import Case
 from .doctor import usable_devices
 from .generate import CommandError
+from .regular_files import kind_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BASELINES = ("torch", "eager")
@@ -88,8 +89,8 @@ def _full_device(name: str | None) -> torch.device:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise CommandError(f"{option} must be a file in a folder that exists, got {path}")
+    if path is not None and (kind_of(path) not in ("nothing", "a file") or kind_of(path.parent) != "a folder"):
+        raise CommandError(f"{option} must be a file in a folder that exists, got {path}: {kind_of(path)}")
     if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CommandError(f"{option}: {path} can't be written", 1)
 

@@ -39,7 +39,10 @@ def kind_of(path: str | Path) -> str:
 
 def check_regular(path: str | Path) -> int:
     """The size of a regular file, or of the one that `path` leads to; OSError for another kind. Never waits."""
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except ValueError as error:  # a zero byte in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
