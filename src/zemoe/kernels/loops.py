@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from .compiled import THREADS, compiled, run_parts
@@ -30,8 +31,18 @@ _STRIP = 48  # rows of a result that are turned round at a time: whole ROWS and 
 _SUMMED = 256  # columns whose products are summed before they are added to the rest, for the sake of accuracy
 _AHEAD = 2048  # columns, which take _tile a microsecond or two, between calling for a row and its use
 _LINE = 16  # float32 numbers of a cache line
-# Lanes of a vector, and of the most vectors whose sums with ROWS rows stay in registers.
-_VECTOR, _MOST_LANES = (16, 64) if binding.get_host_cpu_features().get("avx512vl") else (8, 16)
+
+
+def _vector_lanes(features: str) -> tuple[int, int]:
+    """Lanes of a vector, and of the most vectors whose sums with ROWS rows stay in registers, of LLVM's CPU features.
+
+    AVX-512 has 32 registers of 16 lanes, AVX2 16 of 8, and arm64 32 of 4, two of which make one of ours.
+    """
+    return (16, 64) if "+avx512vl" in features.split(",") else (8, 16)
+
+
+# Of the CPU that numba compiles for, which its variables can make another than this one.
+_VECTOR, _MOST_LANES = _vector_lanes(cpu_target.target_context.codegen().magic_tuple()[2])
 
 
 # ----------------------------------------------------------------------------------------------------------- one tile
