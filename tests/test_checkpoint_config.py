@@ -114,6 +114,10 @@ IGNORED = {
 }
 
 
+def test_what_transformers_5_17_writes_has_no_say():
+    check_config(CONFIG | {"num_hidden_layers": 56}, "config.json")
+
+
 def test_what_is_no_part_of_the_architecture_has_no_say(checkpoint, tmp_path):
     folder = changed(checkpoint, tmp_path, **IGNORED)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")

@@ -170,7 +170,8 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
         if not _is(config.get(alias, config[key]), config[key]):
             refuse(alias, f"{key} = {config[key]}, of which it is another name, or absent")
     layers = config["num_layers"]
-    if not _is(config.get("num_hidden_layers"), None, layers, 2 * layers):  # twice: the attention layers, two in each
+    # Twice: the attention layers, two in each. 56: what transformers 5.17 says of every model.
+    if not _is(config.get("num_hidden_layers"), None, layers, 2 * layers, 56):
         refuse("num_hidden_layers", f"num_layers = {layers} or twice that, or absent")
     for key in ("rope_parameters", "rope_scaling"):
         if config.get(key) is not None:

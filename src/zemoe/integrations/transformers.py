@@ -277,6 +277,8 @@ def export(model: modeling.LongcatFlashForCausalLM, folder: str | Path, max_shar
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
+    # The config may say tied of a head that was loaded with values of its own.
+    config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
     tensors = ((k, v) for k, v in model.state_dict().items() if k != "lm_head.weight" or not config.tie_word_embeddings)
     files = save_tensors(
         transformers_layout(tensors, layer.num_experts, layer.num_zero_experts), folder, max_shard_bytes

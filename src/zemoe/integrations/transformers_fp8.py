@@ -9,10 +9,11 @@ E FFN experts, I expert width.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LongcatFlashConfig
+from transformers import LongcatFlashConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..checkpoint import original_layout
@@ -35,6 +36,23 @@ def place(model: nn.Module, name: str) -> torch.Tensor:
     return gate if expert["which"] == "gate" else up
 
 
+def make_head(model: PreTrainedModel, *, on_disk: bool) -> None:
+    """Before a model is filled: a head of its own where the checkpoint holds one, whatever the config says of ties."""
+    head: Any = model.get_output_embeddings()
+    if on_disk:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+    else:
+        model.tie_weights()
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Once it is filled: tied as the config says, unless the head differs from the embedding; transformers' rule."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if torch.equal(head.weight, embedding.weight):
+        model.tie_weights()
+
+
 def load_dequantized(
     manifest: QuantizedManifest, config: LongcatFlashConfig, dtype: torch.dtype
 ) -> modeling.LongcatFlashForCausalLM:
@@ -44,7 +62,8 @@ def load_dequantized(
     """
     with no_init_weights():
         model = modeling.LongcatFlashForCausalLM._from_config(config, dtype=dtype)
+    make_head(model, on_disk="lm_head.weight" in manifest.weights.tensors)
     for name, tensor in original_layout(stream_dequantized(manifest, dtype), config.n_routed_experts):
         place(model, name).copy_(tensor)
-    model.tie_weights()
+    tie_if_equal(model)
     return model.eval()

@@ -133,7 +133,7 @@ def published_tensors(model: MoEPlusPlusForCausalLM) -> dict[str, Tensor]:
                 published[f"{layer}.mlp.moe.experts.experts.{e}.{own}"] = row
         else:
             published[f"{layer}.mlp.moe.{part}" if block else name] = tensor
-    if model.config.tie_word_embeddings:
+    if model.lm_head.weight is model.model.embed_tokens.weight:
         published.pop("lm_head.weight")
     return published
 
@@ -160,6 +160,7 @@ def load_moepp(
         model = MoEPlusPlusForCausalLM._from_config(
             config, dtype=config.dtype or torch.float32 if dtype == "auto" else dtype
         )
+    model.tie_weights()  # where the config says so, the published code leaves a head in the files alone
     expected, found = published_tensors(model), read_tensors(folder)
     for name, place in expected.items():
         shape = list(place.shape)
@@ -178,7 +179,6 @@ def load_moepp(
             for name, place in expected.items():
                 if found[name].file == file:
                     place.copy_(tensors.get_tensor(name))
-    model.tie_weights()
     cast(nn.Module, model).to(device)
     return model.eval()
 

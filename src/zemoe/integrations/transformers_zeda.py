@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from ..retrofit import ZeroExpertBlock
 from ..weight_files import WEIGHT_DTYPES, CheckpointError, load_json, open_tensors, read_tensors
-from .transformers_fp8 import place
+from .transformers_fp8 import make_head, place, tie_if_equal
 from .transformers_retrofit import retrofit_
 
 BASES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
@@ -64,7 +64,9 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(base, dtype=wanted)
     blocks = retrofit_(model, count, zero_expert_type=kind)
-    found, expected = read_tensors(folder), _expected_shapes(model, blocks)
+    found = read_tensors(folder)
+    make_head(model, on_disk="lm_head.weight" in found)
+    expected = _expected_shapes(model, blocks)
     for name, shape in expected.items():
         if name not in found:
             raise CheckpointError(f"{folder}: tensor {name} {list(shape)} is missing")
@@ -73,14 +75,14 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
             raise CheckpointError(f"{folder / found[name].file}: tensor {name} must be float {list(shape)}, got {got}")
     prediction = f"model.layers.{base.num_hidden_layers}."  # multi-token prediction, which the base model leaves out
     for name in found:
-        if name not in expected and not name.startswith(prediction) and name != "lm_head.weight":
+        if name not in expected and not name.startswith(prediction):
             raise CheckpointError(f"{folder / found[name].file}: tensor {name} is not part of this config.json")
     for file in sorted({info.file for info in found.values()}):
         with open_tensors(folder / file) as tensors:
             for name in expected:
                 if found[name].file == file:
                     _fill(model, name, tensors.get_tensor(name))
-    model.tie_weights()
+    tie_if_equal(model)
     for name in blocks:
         model.get_submodule(name).zero_experts_enabled = not config.get("use_zce_mask", False)
     return model.to(device).eval()
@@ -89,7 +91,7 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
 def _expected_shapes(model: Any, blocks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this retrofitted model holds."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if model.lm_head.weight is model.get_input_embeddings().weight:
         shapes.pop("lm_head.weight")
     for block in blocks:
         num_zero_experts, _ = shapes.pop(f"{block}.zero_weight")

@@ -19,10 +19,15 @@ from ..weight_files import save_tensors
 from .state import sync
 
 
+def _is_tied(model: LongcatFlashForCausalLM) -> bool:
+    """Whether the head is the embedding; the config may say so of one that was loaded with values of its own."""
+    return model.lm_head.weight is model.get_input_embeddings().weight
+
+
 def _whole(model: LongcatFlashForCausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that is saved, shards put together, which takes every rank."""
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == "lm_head.weight" and _is_tied(model):
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield name, whole if ".mlp.router." in name else whole.to(dtype)  # rounded, the router chooses otherwise
@@ -57,6 +62,7 @@ def export(
         )
         about: dict[str, Any] = json.loads(config.to_json_string())
         about |= {"architectures": [LongcatFlashForCausalLM.__name__], "dtype": str(dtype).removeprefix("torch.")}
+        about["tie_word_embeddings"] = _is_tied(model)
         contents = {"config.json": (json.dumps(about, indent=2) + "\n").encode(), **files}
         for name, content in contents.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
