@@ -23,6 +23,10 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, which whoever tidies up after Ctrl-C tidies up after too."""
 
 
+def _quiet(*_: object) -> None:
+    pass
+
+
 class _Signals:
     """came: the first SIGINT or SIGTERM, 0 before. tidy: raise KeyboardInterrupt for it, instead of ending at once."""
 
@@ -34,6 +38,7 @@ class _Signals:
 
     def _take(self, number: int, frame: object) -> None:
         again, self.came = bool(self.came), self.came or number
+        sys.unraisablehook = threading.excepthook = sys.excepthook = _quiet
         if self.tidy and not again:
             raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
         if self.tidy:
@@ -98,10 +103,6 @@ def _open_streams() -> None:
         raise SystemExit(1)
 
 
-def _quiet(*_: object) -> None:
-    pass
-
-
 def main() -> int:
     """Run the command line of this process; the exit code."""
     signals = _Signals()
@@ -123,8 +124,9 @@ def main() -> int:
         code = 128 + signals.came
     finally:
         signals.tidy = False
-        if signals.came:
-            sys.unraisablehook = threading.excepthook = sys.excepthook = _quiet
-    if code == 130 and signals.came:
-        code = 128 + signals.came
-    return code
+    if not signals.came:
+        return code
+    code = 128 + signals.came if code == 130 else code
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # what compiled code still does in threads is not waited for

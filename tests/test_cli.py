@@ -189,6 +189,15 @@ def test_threads_are_given_back(generate):
         torch.set_num_threads(before)
 
 
+def test_a_style_in_the_prompt_is_text(checkpoint, generate):
+    result = json.loads(generate("--json", "--prompt", "<|bible|> a <|endoftext|>", "--max-new-tokens", 1)[1])
+    tokenizer = byte_tokenizer()
+    marks = [tokenizer.token_to_id(mark) for mark in ("<|austen|>", "<|bible|>", "<|endoftext|>")]
+    ids = [token["id"] for token in result["prompt_tokens"]]
+    assert ids[0] == marks[0] and not set(marks) & set(ids[1:])
+    assert tokenizer.decode(ids[1:], skip_special_tokens=False) == "<|bible|> a <|endoftext|>"
+
+
 def test_a_model_without_styles(checkpoint, tmp_path, generate):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     path = folder / "tokenizer.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,21 @@ def test_a_signal_that_is_ignored_stays_ignored():
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"") and out.startswith(b"zemoe ")
+
+
+def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path):
+    """It does not wait until that is done: then there would be one."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(100_000)]
+    (tmp_path / "my.txt").write_text(" ".join(words * 4))
+    settings = [f"--set=model.{key}" for key in ("vocab_size=30000", "num_layers=1")]
+    process = begin("train", "--data", str(tmp_path / "my.txt"), "--out", str(tmp_path / "run"), *settings)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"zemoe: training a tokenizer on 2 MB of text\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
 
 
 def test_training_leaves_an_ignored_signal_alone():

@@ -77,6 +77,43 @@ def test_tokenizer_knows_all_bytes_and_its_size():
         train_tokenizer(["text"], 256)
 
 
+@pytest.mark.parametrize(
+    "text", ["x" * 50_000, " " * 50_000, "é海" * 20_000, "\n \t" * 9000, "word" * 20 + " of prose"]
+)
+def test_words_without_an_end_are_cut(text):
+    """Training takes the square of the longest word; what is cut comes back whole."""
+    tokenizer = train_tokenizer([text], 400)
+    assert max(len(tokenizer.decode([i])) for i in range(1, tokenizer.get_vocab_size())) <= 64
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+MARK = "It ends with <|endoftext|> and not before."
+
+
+def test_an_end_mark_in_a_text_is_text(tmp_path):
+    """In a tokenizer that is trained and in one that is read, of which text is the only thing that is encoded."""
+    byte_tokenizer().save(str(tmp_path / "theirs.json"))  # has style tokens too
+    train_tokenizer(["the sea"], 300).save(str(tmp_path / "ours.json"))
+    for tokenizer in (train_tokenizer([MARK], 300), *map(data.load_tokenizer, sorted(tmp_path.iterdir()))):
+        for text in (MARK, "<|austen|> in it"):
+            *ids, end = torch.cat(list(data._encoded(tokenizer, text, 0))).tolist()
+            assert end == 0 and not {tokenizer.token_to_id(mark) for mark in ("<|endoftext|>", "<|austen|>")} & set(ids)
+            assert tokenizer.decode(ids) == text
+
+
+def test_what_is_done_in_a_thread_fails_here():
+    with pytest.raises(ZeroDivisionError):
+        data._in_a_thread(lambda: 1 // 0)
+
+
+def test_a_text_without_lines_is_encoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(data, "_PIECE", 30)
+    for text, ends in (("sea " * 100, "a"), ("x" * 1000, "x"), ("the sea\n" * 100, "\n")):
+        pieces = list(data._pieces(text))
+        assert "".join(pieces) == text and all(30 <= len(piece) <= 60 for piece in pieces[:-1])
+        assert all(piece.endswith(ends) for piece in pieces[:-1])
+
+
 def test_load_tokenizer(tmp_path):
     byte_tokenizer().save(str(tmp_path / "good.json"))
     text = "the morning"

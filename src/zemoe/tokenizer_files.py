@@ -71,7 +71,10 @@ def guarded(source: str | Path) -> Iterator[None]:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A `tokenizers.Tokenizer`, without truncation or padding. Raises TokenizerError."""
+    """A `tokenizers.Tokenizer`, without truncation or padding. Raises TokenizerError.
+
+    It encodes text as text: `<|endoftext|>` in it is thirteen characters, not the end mark, which has its id by name.
+    """
     from tokenizers import Tokenizer
 
     try:
@@ -84,4 +87,5 @@ def read_tokenizer(path: Path) -> Any:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
     return tokenizer

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,10 @@ from .state import StateError
 
 IGNORE = -100  # a target that is not scored
 END_OF_TEXT = "<|endoftext|>"
+# Words of the tokenizer that is trained: training takes the square of the longest one's length, and this is longer than
+# those of prose.
+_LONG_WORDS = r"\S{64}|\s{64}"
+_MUCH = 2_000_000  # bytes of text
 # Characters in a piece that is encoded by itself, and pieces that are encoded at once, in threads: the tokenizer's own
 # records of them are far larger than the text.
 _PIECE, _AT_ONCE = 250_000, 8
@@ -81,22 +87,60 @@ def split(text: str, heldout: float) -> tuple[str, str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """A byte-level BPE of at most `vocab_size` tokens, with the end of a text as id 0."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE of at most `vocab_size` tokens, with the end of a text as id 0, which no text encodes to.
+
+    A signal does not have to wait until it is done.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    pieces = pre_tokenizers.Split(Regex(_LONG_WORDS), "isolated")
+    into_words = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = into_words  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.encode_special_tokens = True
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise SettingsError(f"model.vocab_size must be at least {len(alphabet) + 1}, got {vocab_size}")
+    size = _size_of(texts)
     # No text has more merges than characters, and the library sets memory aside for as many as it is told.
-    most = len(alphabet) + 1 + sum(len(text.encode()) for text in texts)
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocab_size, most), special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=min(vocab_size, len(alphabet) + 1 + size),
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _say("training a tokenizer on", size)
+    _in_a_thread(lambda: tokenizer.train_from_iterator(texts, trainer))
     return tokenizer
+
+
+def _size_of(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def _say(what: str, size: int) -> None:
+    """To the log, where it takes more than a moment."""
+    if size > _MUCH:
+        logging.getLogger("zemoe").info(f"{what} {size / 1e6:.0f} MB of text")
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Call `work` in a thread: Python takes signals in the main one alone, and there between two calls."""
+    failed: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -201,11 +245,12 @@ class Rows:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of about _PIECE characters that end with a line."""
+    """The text in pieces of _PIECE to twice as many characters, that end with a line or before a space if they can."""
     begin = 0
     while begin < len(text):
-        newline = text.find("\n", begin + _PIECE)
-        end = len(text) if newline < 0 else newline + 1
+        least, most = begin + _PIECE, begin + 2 * _PIECE
+        end = text.find("\n", least, most) + 1 or text.find(" ", least, most)
+        end = end if end > 0 else most
         yield text[begin:end]
         begin = end
 
@@ -265,6 +310,7 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, ca
     """
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]
+    _say("encoding", _size_of(texts))
     for text in texts:
         for i, part in enumerate(split(text, heldout)):
             parts[i].extend(_encoded(tokenizer, part, end))
