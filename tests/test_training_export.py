@@ -30,7 +30,7 @@ on_one_thread, whole = training_worker.on_one_thread, training_worker.whole
 def test_the_export_computes_what_was_trained(tmp_path, monkeypatch, layout):
     trainers: list[run.Trainer] = []
     loop = run.Trainer.run
-    monkeypatch.setattr(run.Trainer, "run", lambda self: trainers.append(self) or loop(self))
+    monkeypatch.setattr(run.Trainer, "run", lambda self, stop: trainers.append(self) or loop(self, stop))
     settings = settings_for(tmp_path, "out", f"run.layout={layout}", "run.eval_every=12")
     train(settings, resume=False, listener=lambda _: None)
     folder = tmp_path / "out" / "export"
