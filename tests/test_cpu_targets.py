@@ -6,7 +6,7 @@ Their vectors are spelt out in LLVM's terms, which knows every CPU; what numba m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,6 +18,10 @@ from numba import types
 from numba.core.registry import cpu_target
 
 from zemoe.kernels import choices, loops
+
+CPU: Any = cpu_target
+MULTIPLY: Any = loops._multiply
+LARGEST: Any = choices.largest
 
 AVX2 = "x86_64-unknown-linux-gnu", "haswell", "+avx2,+fma,+f16c"
 AVX512 = "x86_64-unknown-linux-gnu", "skylake-avx512", "+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx2,+fma,+f16c"
@@ -34,10 +38,10 @@ def tile(weight: types.Type) -> tuple[types.Type, ...]:
     return weight, INT, INT, INT, INT, INT, VECTOR, INT, INT, INT, VECTOR, INT
 
 
-def assembly(intrinsic: Callable, arguments: tuple[types.Type, ...], target: tuple[str, str, str]) -> str:
+def assembly(intrinsic: Any, arguments: tuple[types.Type, ...], target: tuple[str, str, str]) -> str:
     """Of a function that does nothing else, optimized for the target as numba does it for its own."""
     triple, cpu, features = target
-    context = cpu_target.target_context
+    context = CPU.target_context
     signature, generate = intrinsic._defn(None, *arguments)
     module = ir.Module()
     form = ir.FunctionType(ir.VoidType(), [context.get_value_type(argument) for argument in arguments])
@@ -111,11 +115,11 @@ def test_vectors_of_features():
 
 def test_no_vector_that_numba_was_not_given():
     """Of the loops as this process has them. `make test-avx2` restricts numba to AVX2 on a machine that has more."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    loop = numba.njit(fastmath=loops._FAST)(loops._multiply.py_func)
+    features = CPU.target_context.codegen().magic_tuple()[2].split(",")
+    loop: Any = numba.njit(fastmath=loops._FAST)(MULTIPLY.py_func)
     for weight in (FLOATS, BFLOATS):
         loop.compile((weight, INT, INT, INT, VECTOR, INT, INT, VECTOR, INT))
-    sort = numba.njit(choices.largest.py_func)
+    sort: Any = numba.njit(LARGEST.py_func)
     matrix = types.Array(types.float32, 2, "C")
     sort.compile((matrix, matrix, types.boolean, types.Array(types.int64, 2, "C"), INT, INT))
     for text in [*loop.inspect_asm().values(), *sort.inspect_asm().values()]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from zemoe.kernels import loop_cache
 from zemoe.kernels.choices import sort_choices
 from zemoe.kernels.compiled import array, compiled
 
+SORT: Any = sort_choices
 IDS = torch.tensor([2, 0, -1, 2, 1, 5])
 
 
@@ -28,10 +30,10 @@ class Count(event.Listener):
     def __init__(self) -> None:
         self.compiled = 0
 
-    def on_start(self, event: event.Event) -> None:
-        self.compiled += event.data["dispatcher"].py_func is sort_choices.py_func
+    def on_start(self, event: Any) -> None:
+        self.compiled += event.data["dispatcher"].py_func is SORT.py_func
 
-    def on_end(self, event: event.Event) -> None:
+    def on_end(self, event: Any) -> None:
         pass
 
 
@@ -50,7 +52,7 @@ def count() -> Iterator[Callable[[], int]]:
     def run() -> int:
         before = listener.compiled
         choice, offsets = torch.zeros(6, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-        loop = compiled()(sort_choices.py_func)
+        loop = compiled()(SORT.py_func)
         assert loop(array(IDS), -1, array(choice), array(offsets)) == -1
         assert choice[:4].tolist() == [1, 4, 0, 3] and offsets.tolist() == [0, 1, 2, 4]
         return listener.compiled - before

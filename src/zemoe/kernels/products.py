@@ -28,14 +28,11 @@ def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(rows_MI, weight_OI, None, "none", [], "")
 
 
-def _has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows.
-
-    By trying: ONEDNN_MAX_CPU_ISA can keep oneDNN from the instructions that the CPU has.
-    """
-    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_bf16_supported():
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype here; by trying: ONEDNN_MAX_CPU_ISA can keep it from what the CPU has."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    zeros = torch.zeros((2, 2), dtype=torch.bfloat16, device="cpu")
+    zeros = torch.zeros((2, 2), dtype=dtype, device="cpu")
     try:
         _linear(zeros, zeros)
     except RuntimeError:  # could not create a primitive descriptor
@@ -43,7 +40,10 @@ def _has_fast_bfloat16() -> bool:
     return True
 
 
-FAST_BFLOAT16 = _has_fast_bfloat16()  # a constant to torch.compile, which can trace none of these questions
+_ONEDNN = tuple(dtype for dtype in (torch.float32, torch.bfloat16) if _takes(dtype))
+# Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows. A
+# constant to torch.compile, which can trace none of these questions.
+FAST_BFLOAT16 = torch.bfloat16 in _ONEDNN and torch.cpu._is_avx512_bf16_supported()
 
 
 def is_small(weight_EOI: Tensor) -> bool:
@@ -146,8 +146,7 @@ def shared_rows(weight_EOI: Tensor) -> int:
 
 def has_onednn(weight: Tensor) -> bool:
     """Whether oneDNN's product takes this weight as it is; torch.mm takes them all."""
-    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    return usable and weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
+    return bool(torch.backends.mkldnn.enabled) and weight.dtype in _ONEDNN and weight.is_contiguous()
 
 
 def padded_rows(M: int) -> int:
