@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from judge import assert_bitwise, judge
-from zemoe import MoEConfig, Router, reference, select_experts
+from zemoe import MoE, MoEConfig, Router, reference, select_experts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -118,3 +120,26 @@ class TestRouter:
         result = torch.compile(router, fullgraph=True, backend="aot_eager")(self.X)
         assert torch.equal(result.topk_ids_TK, expected.topk_ids_TK)
         torch.testing.assert_close(result.topk_weights_TK, expected.topk_weights_TK)
+
+
+@pytest.mark.parametrize("renormalize", ["all", "real", "nonnull", "none"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_renormalised_choice_is_warned_of(top_k, renormalize):
+    """Once at construction, just where the router would get no gradient."""
+    config = MoEConfig(
+        hidden_size=8,
+        intermediate_size=4,
+        num_experts=4,
+        top_k=top_k,
+        renormalize=renormalize,
+        zero_expert_kinds=(("identity", 1),),
+    )
+    expected = top_k == 1 and renormalize != "none"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = MoE(config, init_std=0.5)
+        layer(torch.randn(20, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    told = [warning for warning in caught if "the router gets no gradient" in str(warning.message)]
+    assert len(told) == expected
+    gradient = layer.router.classifier.weight.grad
+    assert (gradient is None or bool((gradient.abs() < 1e-6).all())) == expected

@@ -6,15 +6,18 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
+    Lfm2MoeConfig,
     LongcatFlashForCausalLM,
     MixtralConfig,
     Qwen3MoeConfig,
     conversion_mapping,
 )
+from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.longcat_flash import modeling_longcat_flash as modeling
 
@@ -23,6 +26,7 @@ import zemoe.integrations.transformers as bridge
 from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, global_state, greedy, logits_of
 from transformers_tiny import tiny_config
 from zemoe.integrations import transformers_experts
+from zemoe.ops import ACTIVATIONS
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was
@@ -226,6 +230,44 @@ def test_experts_that_are_not_ours_are_refused(registered, ids):
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["mixtral"]), experts_implementation="zemoe")
     model.model.layers[0].mlp.experts.act_fn = torch.nn.ReLU()
     with pytest.raises(ValueError, match="their activation is ReLU; ours are gelu, gelu_tanh, silu"):
+        model(ids)
+
+
+def test_activations_are_known_by_what_they_compute():
+    """Every activation of transformers that is one of ours (gelu_10 is only up to 10), and functions of torch."""
+    x = torch.linspace(-20, 20, 4001)
+    found = {}
+    for name in ACT2FN:
+        values = ACT2FN[name](x)
+        same = [ours for ours in ACTIVATIONS if torch.allclose(ACTIVATIONS[ours].forward(x), values, atol=1e-5)]
+        assert [transformers_experts.activation_of(ACT2FN[name])] == (same or [None]), name
+        found[name] = same
+    assert found["silu"] == ["silu"] and found["gelu_new"] == ["gelu_tanh"] and not found["gelu_10"]
+    functions = {F.silu: "silu", F.gelu: "gelu", torch.nn.GELU("tanh"): "gelu_tanh", torch.nn.GELU(): "gelu"}
+    for function, name in functions.items():
+        assert transformers_experts.activation_of(function) == name
+    assert transformers_experts.activation_of(F.relu) is None
+
+
+def test_lfm2_moe_whose_activation_is_a_function(registered, ids):
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers")}
+    config = Lfm2MoeConfig(
+        **sizes,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_experts=5,
+        num_experts_per_tok=2,
+        num_dense_layers=1,
+        layer_types=["full_attention"] * sizes["num_hidden_layers"],
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    expected = logits_of(model, ids)
+    model.set_experts_implementation("zemoe")
+    assert (logits_of(model, ids) - expected).abs().max() < TOLERANCE
+    model.model.layers[1].feed_forward.experts.act_fn = F.relu
+    with pytest.raises(ValueError, match="their activation is relu; ours are gelu, gelu_tanh, silu"):
         model(ids)
 
 

@@ -8,6 +8,7 @@ counts, ranges and their relations are checked here.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,16 @@ def expand_kinds(
     if zero_expert_num is not None and total != zero_expert_num:
         raise ValueError(f"zero_expert_type names {total} experts, but zero_expert_num is {zero_expert_num}")
     return tuple((kind, count) for kind, count in kinds if count)
+
+
+def warn_of_weights_without_gradient(top_k: int, renormalize: str | bool) -> None:
+    """A warning where the one weight of a token is divided by itself, so that a loss says nothing to the router."""
+    if top_k == 1 and renormalize_mode(renormalize) != "none":
+        warnings.warn(
+            f"top_k=1 with renormalize={renormalize!r}: a token's only weight is always 1 (or 0), so the router gets no "
+            'gradient but from balance losses; use renormalize="none" to train it',
+            stacklevel=4,
+        )
 
 
 def check_groups(

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from . import ops, ops_triton, ops_triton_routing
 from .casts import StaysFloat32
-from .config import MoEConfig, ZeroExpertKinds, check_count, check_groups, expand_kinds, renormalize_mode
+from .config import (
+    MoEConfig,
+    ZeroExpertKinds,
+    check_count,
+    check_groups,
+    expand_kinds,
+    renormalize_mode,
+    warn_of_weights_without_gradient,
+)
 from .scores import SCORES, check_scoring, renormalized
 
 
@@ -198,6 +206,8 @@ class Router(StaysFloat32):
         gating_residual: adds W_g times the previous layer's logits (MoE++); W_g starts at zero.
         logit_norm: the scale that the classifier's logits are normalised to, see `normalize_logits`: before a tied null
             logit is repeated, so that Z plays no part, and before a gating residual is added. None to leave them.
+
+    Warns once where top_k is 1 and weights are renormalised, for then the only weight of a token has no gradient.
     """
 
     e_score_correction_bias: Tensor
@@ -217,6 +227,7 @@ class Router(StaysFloat32):
             raise ValueError("tied_null=True needs at least one zero-computation expert, got none in zero_expert_kinds")
         if logit_norm is not None and not 0 < logit_norm < float("inf"):
             raise ValueError(f"logit_norm must be a finite number above 0, or None, got {logit_norm!r}")
+        warn_of_weights_without_gradient(config.top_k, config.renormalize)
         self.config = config
         self.logit_norm = logit_norm
         self.tied_null = tied_null

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.integrations import moe
 from transformers.modeling_utils import PreTrainedModel
 
@@ -20,9 +21,27 @@ from .transformers_layers import modeling
 from .transformers_patch import patch_, unpatch_
 
 NAME = "zemoe"
-# The names of transformers' activation modules, and ours.
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+# transformers' activation modules, some of which write out the same function, and torch's.
+_MODULES = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+}
 _Longcat: Any = modeling.LongcatFlashPreTrainedModel
+
+
+def activation_of(act_fn: Any) -> str | None:
+    """Our name of a model's activation, a module or one of torch's functions; None for another."""
+    if act_fn is F.silu or act_fn is F.gelu:
+        return "silu" if act_fn is F.silu else "gelu"
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _MODULES.get(type(act_fn).__name__)
 
 
 def _unsupported(experts: Any) -> str | None:
@@ -37,9 +56,9 @@ def _unsupported(experts: Any) -> str | None:
         return "they normalise after the expert"
     if type(experts)._apply_gate is not moe._default_apply_gate:
         return "they have a gate of their own"
-    if type(experts.act_fn).__name__ not in ACTIVATIONS:
-        known = ", ".join(sorted(set(ACTIVATIONS.values())))
-        return f"their activation is {type(experts.act_fn).__name__}; ours are {known}"
+    if activation_of(experts.act_fn) is None:
+        name = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
+        return f"their activation is {name}; ours are {', '.join(ACTIVATIONS)}"
     return None
 
 
@@ -62,7 +81,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         top_k_index,
         num_experts=experts.gate_up_proj.shape[0],
         zero_expert_kinds="zero",
-        activation=ACTIVATIONS[type(experts.act_fn).__name__],
+        activation=activation_of(experts.act_fn) or "",
     )
 
 

@@ -19,9 +19,9 @@ from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm4
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
-from ..config import MoEConfig, check_count, expand_kinds
+from ..config import MoEConfig, check_count, expand_kinds, warn_of_weights_without_gradient
 from ..retrofit import ZeroExpertBlock, ZeroExpertExperts, ZeroExpertGate, new_router_rows
-from .transformers_experts import ACTIVATIONS
+from .transformers_experts import ACTIVATIONS, activation_of
 
 _KINDS = ("identity", "zero")
 
@@ -239,6 +239,7 @@ def retrofit_(
             rules = _rules(block, family, kinds, top_k)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        warn_of_weights_without_gradient(rules.top_k, rules.renormalize)
         prepared.append((block, family, rules, new_router_rows(block.gate.weight, num_zero_experts, generator)))
     changed = []
     try:
@@ -289,15 +290,16 @@ def _rules(block: Any, family: _Family, kinds: tuple[tuple[str, int], ...], top_
     for tensor in (router, gate_up, block.experts.down_proj):
         if isinstance(tensor, DTensor) or not tensor.is_floating_point():
             raise ValueError("the weights are sharded or quantized; retrofit before that")
-    activation = type(block.experts.act_fn).__name__
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {sorted(set(ACTIVATIONS.values()))}, got {activation}")
+    activation = activation_of(block.experts.act_fn)
+    if activation is None:
+        got = type(block.experts.act_fn).__name__
+        raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {got}")
     return MoEConfig(
         hidden_size=router.shape[1],
         intermediate_size=gate_up.shape[1] // 2,
         num_experts=router.shape[0],
         top_k=block.gate.top_k if top_k is None else top_k,
         zero_expert_kinds=kinds,
-        activation=ACTIVATIONS[activation],
+        activation=activation,
         **family.rules(block),
     )
