@@ -142,4 +142,4 @@ def test_one_renormalised_choice_is_warned_of(top_k, renormalize):
     told = [warning for warning in caught if "the router gets no gradient" in str(warning.message)]
     assert len(told) == expected
     gradient = layer.router.classifier.weight.grad
-    assert (gradient is None or bool((gradient.abs() < 1e-6).all())) == expected
+    assert (gradient is None or bool((gradient.abs() < 1e-4).all())) == expected  # w / w has one of a rounding

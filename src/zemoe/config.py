@@ -76,7 +76,7 @@ def warn_of_weights_without_gradient(top_k: int, renormalize: str | bool) -> Non
     """A warning where the one weight of a token is divided by itself, so that a loss says nothing to the router."""
     if top_k == 1 and renormalize_mode(renormalize) != "none":
         warnings.warn(
-            f"top_k=1 with renormalize={renormalize!r}: a token's only weight is always 1 (or 0), so the router gets no "
+            f"top_k=1 with renormalize={renormalize!r}: a token's only weight is 1 or 0 always, so the router gets no "
             'gradient but from balance losses; use renormalize="none" to train it',
             stacklevel=4,
         )
