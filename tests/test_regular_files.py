@@ -77,6 +77,7 @@ def test_json():
         b'{"a": -Infinity}': "-Inf",
     }
     bad |= {b"\xff": "utf-8", b"": "Expecting value", b"{": "Expecting", b"9" * 5000: "digits"}
+    bad |= {b"[" + b"{}," * 2**21 + b"0]": "lists, objects and keys", b'{"a":' * 2**21: "lists, objects and keys"}
     for content, why in bad.items():
         with pytest.raises(ValueError, match=why):
             parse_json(content)

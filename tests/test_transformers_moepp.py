@@ -430,6 +430,9 @@ def test_saved_in_either_layout_it_is_the_same_model(tmp_path):
     [
         ({"model_type": "llama"}, "model_type must be 'MoE\\+\\+', got 'llama'"),
         ({"moe_expert_interval": 2}, "moe_expert_interval must be 1 or absent .*, got 2"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers of 1000000000 is more than there are tensors"),
+        ({"num_experts": [10**9]}, "config.json: num_experts of 1000000000 is more than there are tensors"),
+        ({"vocab_size": 10**9}, "must be float .1000000000, 32., got"),
         ({"num_experts": 9}, "num_experts must be a list .*, got 9"),
         ({"num_experts": [4]}, "num_experts must be a list of integers, the first at least 5 .*, got \\[4\\]"),
         ({"num_experts": []}, "num_experts must be a list .*, got \\[\\]"),

@@ -161,6 +161,11 @@ def test_bfloat16_by_config(tmp_path):
         ({"zce_types": ["constant", "constant"]}, "must all be 'zero' or all 'copy'"),
         ({"zce_types": ["zero"]}, "lists of one length"),
         ({"zce_nums": [1, 0]}, "zce_nums must be integers >= 1"),
+        ({"zce_nums": [1, 10**9]}, r"config\.json: its sizes make [\d,]+ numbers, in the files are [\d,]+$"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of 1000000000 is more than there are tensors"),
+        ({"num_local_experts": 10**9}, "num_experts of 1000000000 is more than there are tensors"),
+        ({"hidden_size": "x"}, r"config\.json: .*hidden_size"),
+        ({"intermediate_size": 10**9}, r"config\.json: its sizes make [\d,]+ numbers, in the files are [\d,]+$"),
         ({"zce_nums": [1, 1]}, r"gate.weight must be float \[8, 32\], got F32 \[9, 32\]"),
     ],
 )

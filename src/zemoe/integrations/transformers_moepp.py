@@ -21,7 +21,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from ..weight_files import WEIGHT_DTYPES, CheckpointError, load_json, open_tensors, read_tensors, save_tensors
+from ..weight_files import (
+    WEIGHT_DTYPES,
+    CheckpointError,
+    TensorInfo,
+    load_json,
+    open_tensors,
+    read_tensors,
+    save_tensors,
+)
 from .transformers_moepp_model import ZERO_EXPERTS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
 
 _COUNTS = (
@@ -138,6 +146,29 @@ def published_tensors(model: MoEPlusPlusForCausalLM) -> dict[str, Tensor]:
     return published
 
 
+def _checked_tensors(folder: Path, config: MoEPlusPlusConfig) -> dict[str, TensorInfo]:
+    """The tensors of a folder, which are those of the config; before memory is taken for a model of its size."""
+    found = read_tensors(folder)
+    for key, count in (("num_hidden_layers", config.num_hidden_layers), ("num_experts", config.num_experts[0])):
+        if count > len(found):  # each has some of its own
+            raise CheckpointError(f"{folder / 'config.json'}: {key} of {count} is more than there are tensors")
+    with torch.device("meta"), no_init_weights():
+        expected = published_tensors(MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32))
+    for name, place in expected.items():
+        shape = list(place.shape)
+        if name not in found:
+            raise CheckpointError(f"{folder}: tensor {name} {shape} is missing")
+        info = found[name]
+        if list(info.shape) != shape or info.dtype not in WEIGHT_DTYPES:
+            got = f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(f"{folder / info.file}: tensor {name} must be float {shape}, got {got}")
+    for name, info in found.items():
+        if name not in expected and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            got = f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(f"{folder / info.file}: tensor {name} {got} is not part of this config.json")
+    return found
+
+
 def load_moepp(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto"
 ) -> MoEPlusPlusForCausalLM:
@@ -156,24 +187,12 @@ def load_moepp(
     """
     folder = Path(folder)
     config = read_config(folder)
+    wanted = config.dtype or torch.float32 if dtype == "auto" else dtype
+    found = _checked_tensors(folder, config)
     with no_init_weights():
-        model = MoEPlusPlusForCausalLM._from_config(
-            config, dtype=config.dtype or torch.float32 if dtype == "auto" else dtype
-        )
+        model = MoEPlusPlusForCausalLM._from_config(config, dtype=wanted)
     model.tie_weights()  # where the config says so, the published code leaves a head in the files alone
-    expected, found = published_tensors(model), read_tensors(folder)
-    for name, place in expected.items():
-        shape = list(place.shape)
-        if name not in found:
-            raise CheckpointError(f"{folder}: tensor {name} {shape} is missing")
-        info = found[name]
-        if list(info.shape) != shape or info.dtype not in WEIGHT_DTYPES:
-            got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{folder / info.file}: tensor {name} must be float {shape}, got {got}")
-    for name, info in found.items():
-        if name not in expected and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{folder / info.file}: tensor {name} {got} is not part of this config.json")
+    expected = published_tensors(model)
     for file in sorted({info.file for info in found.values()}):
         with open_tensors(folder / file) as tensors:
             for name, place in expected.items():
