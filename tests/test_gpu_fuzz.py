@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from fuzz_layers import check, draw
 from zemoe.experts import BACKENDS

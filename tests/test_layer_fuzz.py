@@ -1,6 +1,6 @@
-"""Layers at random, values and gradients against the reference; and that each kind of mistake is found by it.
+"""Layers at random (fuzz_layers.py), values and gradients against the reference; and that mistakes are found by it.
 
-`fuzz_layers.py` draws them. `python tests/test_layer_fuzz.py FIRST LAST` tries the seeds of a range on the CPU's backends.
+`python tests/test_layer_fuzz.py FIRST LAST` tries the seeds of a range on the CPU's backends.
 """
 
 from __future__ import annotations
