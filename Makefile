@@ -13,7 +13,7 @@ NEWEST := .venv-newest
 # Two processes; threads that wait don't keep a core busy.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: run environments test test-oldest test-newest test-vllm vllm-minors test-sglang test-gpu check-arch sglang fuzz bench check clean
+.PHONY: run environments test test-avx2 test-oldest test-newest test-vllm vllm-minors test-sglang test-gpu check-arch sglang fuzz bench check clean
 
 run: $(READY)
 	$(BIN)/zemoe generate
@@ -43,6 +43,15 @@ test-newest:
 	$(NEWEST)/bin/pip freeze --disable-pip-version-check | grep -iE '^(torch|transformers|triton|numba|numpy)=='
 	$(subst $(BIN),$(NEWEST)/bin,$(PYTEST)) $(TESTS)
 	rm -rf $(NEWEST)
+
+# Training and the CPU's kernels once more, with torch, MKL, oneDNN and numba kept to AVX2: what only such a machine shows.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma,+f16c
+AVX2_TESTS := training_run training_ways bits loops topk experts ops autocast compile cpu_targets
+test-avx2: $(READY)
+	@if grep --quiet avx512f /proc/cpuinfo; then \
+		$(AVX2) $(PYTEST) $(AVX2_TESTS:%=tests/test_%.py); \
+	else echo "test-avx2: this CPU has no AVX-512, so the other tests ran with what it has"; fi
 
 # vLLM for CPUs pins other versions than ours, so it has an environment of its own. Its compiled code needs a C++ compiler.
 test-vllm: $(VLLM)/.ready
