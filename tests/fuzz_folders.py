@@ -160,6 +160,7 @@ def read_generate(case: Path) -> tuple[int, str]:
 
     arguments = f"generate --model {case} --json --temperature 0 --max-new-tokens 4 --dtype float32".split()
     code = main([*arguments, "--prompt", PROMPT])
+    sys.stdout.flush()
     if code:
         return code, ""
     told = json.loads(Path("stdout").read_text())
