@@ -1,4 +1,5 @@
-"""What can be said about the CPU dispatch's cost without a quiet machine: memory, allocations, and a plan's time.
+"""What can be said about the CPU dispatch's cost without a quiet machine: memory, allocations, and a plan's time beside
+a sort's.
 
 The times of the layer itself are in benchmarks/cpu_layer.py. T tokens, H hidden size, I expert width, E FFN experts, Z
 zero experts, K choices, M rows of one expert.
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from judge import one_thread
 from zemoe.experts import fused_experts
 from zemoe.kernels import cpu, products
 from zemoe.measure import Ceilings, cpu_ceilings, interleaved, moe_floor
@@ -92,15 +94,23 @@ class TestMemory:
 
 
 class TestPlanTime:
-    def test_large_plan_takes_less_than_100_ms(self):
-        """The best of many, so that other work on the machine does not decide."""
+    def test_large_plan_takes_little_more_than_a_sort(self):
+        """The best of each so far, in turn on one thread, until it is so: other work on the machine does not decide.
+
+        A quiet machine shows 1.2 times the stable sort; a loop over choices in Python would be above 20.
+        """
         ids = torch.randint(0, 1024, (100_000, 12), generator=torch.Generator().manual_seed(0))
-        best = float("inf")
-        for _ in range(20):
-            start = time.perf_counter()
-            make_plan(ids, 768, 1024)
-            best = min(best, time.perf_counter() - start)
-        assert best < 0.1
+        sides = {"plan": lambda: make_plan(ids, 768, 1024), "sort": lambda: ids.flatten().sort(stable=True)}
+        best = dict.fromkeys(sides, float("inf"))
+        with one_thread():
+            for _ in range(20):
+                for name, side in sides.items():
+                    start = time.perf_counter()
+                    side()
+                    best[name] = min(best[name], time.perf_counter() - start)
+                if best["plan"] < 3 * best["sort"]:
+                    return
+        pytest.fail(f"best seconds of 20: {best}")
 
     @pytest.mark.parametrize("num_experts", [3, 2**15 - 1, 2**15, 2**17])
     def test_plan_around_the_narrow_integer(self, num_experts):
