@@ -22,6 +22,7 @@ from zemoe.training.data import (
     split,
     text_files,
     train_tokenizer,
+    write_cache,
 )
 from zemoe.training.settings import SettingsError
 from zemoe.training.state import StateError
@@ -142,7 +143,8 @@ def test_encode_and_its_cache(tmp_path):
     tokenizer, cache = byte_tokenizer(), tmp_path / "corpus.safetensors"
     texts = ["the sea\n" * 50, "x", ""]
     assert read_cache(cache) is None
-    first = encode(texts, tokenizer, 0.1, 0, cache)
+    first = encode(texts, tokenizer, 0.1, 0)
+    write_cache(cache, first)
     assert tokenizer.decode(first.train.tolist()) == "the sea\n" * 46 + "x"
     assert tokenizer.decode(first.heldout.tolist()) == "the sea\n" * 4
     assert (first.train_bytes, first.heldout_bytes) == (46 * 8 + 1, 4 * 8)
@@ -157,10 +159,11 @@ def test_encode_and_its_cache(tmp_path):
 
     for changed in ((["the sea\n" * 51, "x", ""], tokenizer, 0.1, 0), (texts, tokenizer, 0.2, 0)):
         assert fingerprint_of(*changed) != first.fingerprint
-    assert encode(texts, tokenizer, 0.1, None, cache).train.min() > 0
+    assert encode(texts, tokenizer, 0.1, None).train.min() > 0
     assert fingerprint_of(texts, train_tokenizer(texts, 300), 0.1, 0) != first.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.safetensors"]
-    empty = encode(["", "x"], tokenizer, 0.5, None, cache)
+    empty = encode(["", "x"], tokenizer, 0.5, None)
+    write_cache(cache, empty)
     assert len(empty.train) == 0 and read_cache(cache).sha256 == empty.sha256
 
 
@@ -192,7 +195,7 @@ def rewrite(path, change, **about):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache(tmp_path, damage):
     cache = tmp_path / "corpus.safetensors"
-    encode(["the sea\n" * 50], byte_tokenizer(), 0.1, 0, cache)
+    write_cache(cache, encode(["the sea\n" * 50], byte_tokenizer(), 0.1, 0))
     DAMAGE[damage](cache)
     with pytest.raises(StateError, match=r"corpus\.safetensors: damaged \(.*\); remove it, and --resume makes it anew"):
         read_cache(cache)
@@ -205,7 +208,7 @@ def test_a_full_disk_leaves_no_half_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        encode(["the sea\n" * 50], byte_tokenizer(), 0.1, 0, tmp_path / "corpus.safetensors")
+        write_cache(tmp_path / "corpus.safetensors", corpus(50))
     assert list(tmp_path.iterdir()) == []
 
 

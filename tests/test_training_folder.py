@@ -19,7 +19,7 @@ from zemoe.checkpoint import verify
 from zemoe.cli import main
 from zemoe.training.data import Corpus, read_cache
 from zemoe.training.run import train
-from zemoe.training.settings import Settings, SettingsError
+from zemoe.training.settings import Settings, SettingsError, read
 
 whole, on_one_thread = training_worker.whole, training_worker.on_one_thread
 pytestmark = pytest.mark.usefixtures("on_one_thread")  # as the whole run, to have its bits
@@ -194,3 +194,45 @@ def test_another_text_is_refused_before_anything_is_written(begun):
     with pytest.raises(SettingsError, match=r"data\.paths: --resume needs the text"):
         train(begun.settings, resume=True, listener=nothing)
     assert contents(begun.out) == before
+
+
+# ------------------------------------------------------------------------------------------------- absurd settings
+
+UNBOUNDED = ("seed", "steps", "warmup", "log_every", "eval_every", "save_every", "keep", "heldout_tokens")
+HUGE = [
+    f"{name}.{key}={2**31 - 1}"
+    for name, table in read(None, ["data.paths=my.txt"]).as_dict().items()
+    for key, value in table.items()
+    if type(value) is int and key not in (*UNBOUNDED, "vocab_size")
+]
+OTHERS = [
+    "train.seed=1000000000000000",
+    f"train.seed={2**63}",
+    "train.learning_rate=1e300",
+    "train.rows=4000000",
+    "data.heldout=1e-9",
+    "model.routed_scaling_factor=nan",
+    "train.bias_rate=nan",
+    "train.ffn_experts=2.999e5",
+]
+
+
+@pytest.mark.parametrize("change", [*HUGE, *OTHERS])
+def test_absurd_settings_write_nothing(tmp_path, capsys, change):
+    settings = settings_for(tmp_path, "out")
+    code = main([*arguments(settings), f"--set={change}"])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("zemoe: error: "), err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [f"train.seed={2**31 - 1}", f"run.keep={2**31 - 1}", "model.vocab_size=2147483647"])
+def test_large_settings_that_work(tmp_path, capsys, change):
+    settings = settings_for(tmp_path, "out", "train.steps=1")
+    assert main([*arguments(settings), f"--set={change}"]) == 0, capsys.readouterr().err
+
+
+def test_the_largest_learning_rate(tmp_path, capsys):
+    changes = ("train.learning_rate=1e30", "train.weight_decay=1e6", "train.warmup=0", "train.steps=3")
+    code = main(arguments(settings_for(tmp_path, "out", *changes)))
+    assert code in (0, 1) and capsys.readouterr().err.count("\n") <= 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 
 from zemoe.training.settings import SettingsError, make, read
 
@@ -45,7 +48,7 @@ def test_plain_values_and_back():
         ("train.learning_rate=0", "train.learning_rate must be above 0, got 0.0"),
         ("train.learning_rate=nan", "train.learning_rate must be above 0, got nan"),
         ("train.balance=nan", "train.balance must be at least 0, got nan"),
-        ("train.weight_decay=inf", "train.weight_decay must be at least 0, got inf"),
+        ("train.weight_decay=inf", "train.weight_decay must be at most 1000000, got inf"),
         ("train.final_rate=2", "train.final_rate must be between 0 and 1, got 2.0"),
         ("train.accumulate=3", "train.rows must be a multiple of train.accumulate=3, got 16"),
         ("train.dtype=float16", "train.dtype must be one of auto, float32, bfloat16, got 'float16'"),
@@ -105,3 +108,61 @@ def test_what_decides():
     )
     for other in ("train.steps=3", "train.seed=1", "model.num_layers=2", "data.context=8", "train.dtype=float32"):
         assert read(None, ["data.paths=my.txt", other]).that_decide() != base.that_decide()
+
+
+ABSURD = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    0,
+    -1,
+    10**15,
+    2**31,
+    -(2**63),
+    2**64,
+    10**400,
+    1e300,
+    1e15,
+    0.5,
+    "",
+    "x",
+    [],
+    True,
+]
+NUMBERS = [
+    (f"{section}.{key}", value)
+    for section, table in read(None, ["data.paths=my.txt"]).as_dict().items()
+    for key, value in table.items()
+    if type(value) in (int, float)
+]
+
+
+@pytest.mark.parametrize(("key", "default"), NUMBERS)
+def test_absurd_numbers(key, default):
+    """Refused in a line that names the key, or a number with which all that is derived of it fits."""
+    section, name = key.split(".")
+    for value in ABSURD:
+        said = None
+        try:
+            settings = make({"data": DATA["data"]} | {section: DATA.get(section, {}) | {name: value}}, "test")
+        except SettingsError as error:
+            said = str(error)
+        if said is not None:
+            assert (key in said or "train.rows" in said) and "\n" not in said, value
+            continue
+        taken = settings.get(key)
+        assert type(taken) is type(default) and math.isfinite(taken) and taken >= 0
+        train = settings.train
+        assert train.rows * settings.data.context < 2**31
+        assert (train.seed * 1_000_003 + train.steps) * 1000 < 2**63  # as run.py has it, on as many processes
+        assert train.learning_rate * train.weight_decay < torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "0x" + "f" * 5000, "1e999999", "-" + "9" * 5000])
+def test_numbers_that_python_does_not_write(tmp_path, text):
+    for key in ("train.seed", "train.learning_rate", "train.dtype"):
+        with pytest.raises(SettingsError, match=key):
+            read(None, ["data.paths=my.txt", f"{key}={text}"])
+    (tmp_path / "a.toml").write_text(f"[train]\nseed = {text}\n")
+    with pytest.raises(SettingsError, match=r"a\.toml: not readable|train\.seed must be"):
+        read(tmp_path / "a.toml")

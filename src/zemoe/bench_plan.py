@@ -146,6 +146,8 @@ def make_plan(request: BenchRequest) -> Plan:
         raise CommandError(f"--skew must be more than 0 and at most 1, got {request.skew:g}")
     if request.repeats is not None and request.repeats < 1:
         raise CommandError(f"--repeats must be at least 1, got {request.repeats}")
+    if not 0 <= request.seed < 2**63:
+        raise CommandError(f"--seed must be at least 0 and below 2**63, got {request.seed}")
     _check_file("--csv", request.csv)
     _check_file("--plot", request.plot)
     if request.plot is not None:

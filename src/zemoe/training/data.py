@@ -280,7 +280,7 @@ def fingerprint_of(texts: list[str], tokenizer: Any, heldout: float, end: int | 
 
 
 def read_cache(cache: Path) -> Corpus | None:
-    """The corpus that `encode` wrote; None if there is none.
+    """The corpus that `write_cache` wrote; None if there is none.
 
     Raises:
         StateError: if that is not what it wrote.
@@ -303,11 +303,8 @@ def read_cache(cache: Path) -> Corpus | None:
     return corpus
 
 
-def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, cache: Path) -> Corpus:
-    """The corpus of the texts, written to `cache` in one piece or not at all.
-
-    end: the id after every text, or None.
-    """
+def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> Corpus:
+    """The corpus of the texts. end: the id after every text, or None."""
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]
     _say("encoding", _size_of(texts))
@@ -316,13 +313,17 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None, ca
             parts[i].extend(_encoded(tokenizer, part, end))
             sizes[i] += len(part.encode())
     train, held = (torch.cat([torch.empty(0, dtype=torch.int32), *part]) for part in parts)
-    corpus = Corpus(train, held, sizes[0], sizes[1], fingerprint_of(texts, tokenizer, heldout, end))
+    return Corpus(train, held, sizes[0], sizes[1], fingerprint_of(texts, tokenizer, heldout, end))
+
+
+def write_cache(cache: Path, corpus: Corpus) -> None:
+    """For `read_cache`; in one piece or not at all."""
+    sizes = [corpus.train_bytes, corpus.heldout_bytes]
     about = {"fingerprint": corpus.fingerprint, "bytes": sizes, "sha256": corpus.sha256}
     unfinished = cache.with_name(f".{cache.name}.part")
     try:
-        save_file({"train": train, "heldout": held}, unfinished, {"about": json.dumps(about)})
+        save_file({"train": corpus.train, "heldout": corpus.heldout}, unfinished, {"about": json.dumps(about)})
         unfinished.replace(cache)
     except (OSError, SafetensorError):
         unfinished.unlink(missing_ok=True)
         raise
-    return corpus

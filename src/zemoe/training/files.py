@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import IO, Any
 
 from transformers import LongcatFlashConfig
 
+from ..bench_plan import total_bytes
 from ..regular_files import MOST_JSON_BYTES, check_regular, read_bytes, reason
 from . import data, state
-from .data import END_OF_TEXT, Corpus
+from .data import Corpus
 from .export import recover
 from .model import end_of, new_config, read_start, start_folder, wanted_ffn_experts
 from .parallel import Ranks
@@ -34,6 +36,10 @@ class Files(AbstractContextManager["Files"]):
         self._told = hashlib.sha256()  # of metrics.jsonl so far
 
     def __exit__(self, *_: object) -> None:
+        if self._lock is not None and [path.name for path in self.out.iterdir()] == ["lock"]:
+            (self.out / "lock").unlink()  # what was asked for was refused
+            with suppress(OSError):
+                self.out.rmdir()
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
@@ -62,13 +68,16 @@ class Files(AbstractContextManager["Files"]):
             lock = self.out / "lock"
             lock.touch()
             check_regular(lock)  # opening a pipe would wait
-            self._lock = lock.open("ab")
+            file = lock.open("ab")
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine = lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))
             except BlockingIOError:
-                raise SettingsError(
-                    f"run.out: another process is training in {self.out}; choose another folder"
-                ) from None
+                mine = False
+            if not mine:  # or of one that has just left, and removed it
+                file.close()
+                raise SettingsError(f"run.out: another process is training in {self.out}; choose another folder")
+            self._lock = file
             recover(self.export)
 
     def begin(self, settings: Settings, reader: Reader | None) -> None:
@@ -157,13 +166,16 @@ def _go_on_from(files: Files, settings: Settings, resume: bool) -> Reader | None
     return reader
 
 
-def _tokenizer_json(settings: Settings, start: Path | None, texts: list[str]) -> bytes:
+def _tokenizer(settings: Settings, start: Path | None, texts: list[str]) -> tuple[Any, bytes]:
+    """The tokenizer that a run begins with, and its tokenizer.json."""
     named = start / "tokenizer.json" if start is not None else settings.model.tokenizer
     if not named:
         seen = [data.split(text, settings.data.heldout)[0] for text in texts]
-        return data.train_tokenizer(seen, settings.model.vocab_size).to_str(pretty=True).encode()
+        tokenizer = data.train_tokenizer(seen, settings.model.vocab_size)
+        return tokenizer, tokenizer.to_str(pretty=True).encode()
+    tokenizer = data.load_tokenizer(Path(named))
     try:
-        return read_bytes(named, MOST_JSON_BYTES)
+        return tokenizer, read_bytes(named, MOST_JSON_BYTES)
     except OSError as error:
         raise SettingsError(f"{named}: not readable as a tokenizer ({reason(error)})") from None
 
@@ -191,49 +203,72 @@ def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool)
         files.claim()
         reader = _go_on_from(files, settings, resume)
         if processes.first:
-            corpus = _encoded(settings, files, start, config, texts, reader)
+            corpus = _encode(settings, processes, files, start, config, texts, reader)
     with processes.together():  # what the first process has made is there
         corpus = corpus or data.read_cache(files.corpus)
         if corpus is None:
             raise StateError(f"{files.corpus}: not readable here; run.out must be one folder for all processes")
         config = config or new_config(settings.model, data.load_tokenizer(files.tokenizer), context)
         ffn_experts = wanted_ffn_experts(config, settings.train.ffn_experts)
-        corpus.check(context, config.vocab_size)
     with processes.together():
         files.begin(settings, reader)
     return Prepared(config, ffn_experts, start, corpus, files.tokenizer.read_bytes(), reader)
 
 
-def _encoded(
+def _encode(
     settings: Settings,
+    processes: Ranks,
     files: Files,
     start: Path | None,
     config: LongcatFlashConfig | None,
     texts: list[str],
     reader: Reader | None,
 ) -> Corpus:
-    """The text in tokens, which is written as well, and without a state to go on from (`reader`) a new tokenizer."""
-    with files.writing("the tokenizer or the encoded text"):
-        if reader is None:
-            state.write_bytes(files.tokenizer, _tokenizer_json(settings, start, texts))
-        elif _sha256(files.tokenizer) != reader.about["tokenizer"]:
-            raise StateError(
-                f"{files.tokenizer}: damaged (its bytes are not those that were written); put it back, as the export "
-                "has it"
-            )
-        tokenizer = data.load_tokenizer(files.tokenizer)
-        end = tokenizer.token_to_id(END_OF_TEXT) if config is None else end_of(config)
-        fingerprint = data.fingerprint_of(texts, tokenizer, settings.data.heldout, end)
-        if reader is not None and fingerprint != reader.about["corpus"]:
-            raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
-        known = None
-        with suppress(*() if reader is not None else (StateError,)):  # of no run yet: made anew
-            known = data.read_cache(files.corpus)
-        if known is None or known.fingerprint != fingerprint:
-            known = data.encode(texts, tokenizer, settings.data.heldout, end, files.corpus)
-    if reader is not None and known.sha256 != reader.about["tokens"]:
+    """The text in tokens, which is written as well, and without a state to go on from (`reader`) a new tokenizer.
+
+    Nothing is written before all is known to fit.
+    """
+    if reader is None:
+        tokenizer, content = _tokenizer(settings, start, texts)
+    elif _sha256(files.tokenizer) != reader.about["tokenizer"]:
+        raise StateError(
+            f"{files.tokenizer}: damaged (its bytes are not those that were written); put it back, as the export has it"
+        )
+    else:
+        tokenizer, content = data.load_tokenizer(files.tokenizer), None
+    config = config or new_config(settings.model, tokenizer, settings.data.context)
+    wanted_ffn_experts(config, settings.train.ffn_experts)
+    if processes.device.type == "cpu":
+        _check_memory(settings, config, processes.world)
+    heldout, end = settings.data.heldout, end_of(config)
+    fingerprint = data.fingerprint_of(texts, tokenizer, heldout, end)
+    if reader is not None and fingerprint != reader.about["corpus"]:
+        raise SettingsError(f"data.paths: --resume needs the text that the run in {files.out} was begun with")
+    known = None
+    with suppress(*() if reader is not None else (StateError,)):  # of no run yet: made anew
+        known = data.read_cache(files.corpus)
+    new = known is None or known.fingerprint != fingerprint
+    corpus = data.encode(texts, tokenizer, heldout, end) if known is None or new else known
+    if reader is not None and corpus.sha256 != reader.about["tokens"]:
         raise StateError(f"{files.corpus}: damaged (not the tokens of the state); remove it")
-    return known
+    corpus.check(settings.data.context, config.vocab_size)
+    with files.writing("the tokenizer or the encoded text"):
+        if content is not None:
+            state.write_bytes(files.tokenizer, content)
+        if new:
+            data.write_cache(files.corpus, corpus)
+    return corpus
+
+
+def _check_memory(settings: Settings, config: LongcatFlashConfig, world: int) -> None:
+    """SettingsError for a micro-batch of which not even the logits fit, which a machine may take minutes to notice."""
+    train = settings.train
+    needs = train.rows // (train.accumulate * world) * settings.data.context * config.vocab_size * 4
+    if (there := total_bytes()) is not None and needs > there:
+        raise SettingsError(
+            f"train.rows={train.rows} of {settings.data.context} tokens have {needs / 1e9:,.0f} GB of logits, this "
+            f"machine has {there / 1e9:,.0f} GB; take fewer, or a larger train.accumulate"
+        )
 
 
 def _sha256(path: Path) -> str | None:

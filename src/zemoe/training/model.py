@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 from transformers.utils import logging
@@ -59,18 +60,20 @@ def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFla
     # For engines; transformers only hands them on.
     published: dict[str, Any] = {"zero_expert_type": "identity", "router_dtype": "float32"}
     published |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True}
-    config = LongcatFlashConfig(
-        **(sizes | published | {"vocab_size": tokenizer.get_vocab_size()}),
-        head_dim=model.qk_rope_head_dim,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
     try:
+        config = LongcatFlashConfig(
+            **(sizes | published | {"vocab_size": tokenizer.get_vocab_size()}),
+            head_dim=model.qk_rope_head_dim,
+            max_position_embeddings=context,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            bos_token_id=None,
+            eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+            pad_token_id=None,
+            tie_word_embeddings=True,
+        )
         check_config(_entries(config), "model")
+    except StrictDataclassError as error:  # what transformers checks when it makes one
+        raise SettingsError(f"model: {error.__cause__ or error}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
     # Every process makes the weights in float32 before it shares them; each layer has modules beside them.

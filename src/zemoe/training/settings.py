@@ -15,6 +15,10 @@ from typing import Any
 from ..regular_files import read_bytes, reason
 
 _MOST_BYTES = 2**20  # of a TOML file
+# What a whole number, and any other one, may be at most: beyond, what is computed of two of them (a seed for each step
+# and process, tokens in a step, what a weight loses in a step) does not fit into 64 bits or into float32.
+_LARGEST_INT, _LARGEST = 2**31 - 1, 1e30
+_LARGEST_FACTOR = 1e6  # of weight decay, balance and routing
 PARALLEL = ("ddp", "fsdp")
 DTYPES = ("auto", "float32", "bfloat16")
 EXPORT_DTYPES = ("float32", "bfloat16")
@@ -130,17 +134,22 @@ class Settings:
 
     def __post_init__(self) -> None:
         data, train, run = self.data, self.train, self.run
-        least = {"data.context": 2, "data.heldout_tokens": 1, "train.steps": 1, "train.rows": 1, "train.accumulate": 1}
-        least |= {"train.warmup": 0, "train.seed": 0, "run.log_every": 1, "run.eval_every": 1, "run.save_every": 1}
-        least |= {"run.keep": 1, "model.zero_expert_num": 0}
-        sizes = [f"model.{f.name}" for f in fields(ModelSettings) if f.type == "int"]
-        least = dict.fromkeys(sizes, 1) | least
-        least |= dict.fromkeys((f"train.{key}" for key in ("weight_decay", "balance", "ffn_experts")), 0)
-        for key, minimum in least.items():
-            value = self.get(key)
-            _require(minimum <= value < math.inf, key, f"at least {minimum}", value)
-        for key in ("train.learning_rate", "train.clip"):
-            _require(0 < self.get(key) < math.inf, key, "above 0", self.get(key))
+        least = {"data.context": 2, "train.warmup": 0, "train.seed": 0, "model.zero_expert_num": 0}
+        for section in (ModelSettings, DataSettings, TrainSettings, RunSettings):
+            name = section.__name__.removesuffix("Settings").lower()
+            for key in (f"{name}.{f.name}" for f in fields(section) if f.type == "int"):
+                _between(key, self.get(key), least.get(key, 1), _LARGEST_INT)
+        for key in ("train.weight_decay", "train.balance", "train.ffn_experts"):
+            _between(key, self.get(key), 0, _LARGEST_FACTOR)
+        for key, most in {
+            "train.learning_rate": _LARGEST,
+            "train.clip": _LARGEST,
+            "model.routed_scaling_factor": _LARGEST_FACTOR,
+        }.items():
+            _require(self.get(key) > 0, key, "above 0", self.get(key))
+            _between(key, self.get(key), 0, most)
+        tokens = train.rows * data.context
+        _require(tokens <= _LARGEST_INT, "train.rows times data.context", f"at most {_LARGEST_INT}", tokens)
         _require(train.rows % train.accumulate == 0, "train.rows", f"a multiple of {train.accumulate=}", train.rows)
         for key in ("train.final_rate", "train.bias_rate"):
             _require(0 <= self.get(key) <= 1, key, "between 0 and 1", self.get(key))
@@ -186,7 +195,19 @@ SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Settings)}
 
 def _require(holds: bool, key: str, needs: str, got: object) -> None:
     if not holds:
-        raise SettingsError(f"{key} must be {needs}, got {got!r}")
+        raise SettingsError(f"{key} must be {needs}, got {_shown(got)}")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # a whole number with more digits than Python writes
+        return "a longer number"
+
+
+def _between(key: str, value: float, least: float, most: float) -> None:
+    _require(value >= least, key, f"at least {least}", value)
+    _require(value <= most, key, f"at most {most:.10g}", value)
 
 
 def _typed(key: str, value: Any, kind: str) -> Any:
@@ -196,10 +217,13 @@ def _typed(key: str, value: Any, kind: str) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
             return tuple(value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     if type(value).__name__ != kind:
         wanted = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
-        raise SettingsError(f"{key} must be {wanted.get(kind, 'a list of strings')}, got {value!r}")
+        raise SettingsError(f"{key} must be {wanted.get(kind, 'a list of strings')}, got {_shown(value)}")
     return value
 
 
@@ -227,7 +251,7 @@ def _override(text: str) -> tuple[str, str, Any]:
         raise SettingsError(f"--set must look like train.steps=200, got {text!r}")
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: TOMLDecodeError, and a number of too many digits
         return section, key, value.strip()
     return section, key, parsed["value"] if len(parsed) == 1 else value
 
@@ -242,7 +266,7 @@ def read(path: Path | None, overrides: Iterable[str] = (), given: dict[str, dict
     if path is not None:
         try:
             tables = tomllib.loads(read_bytes(path, _MOST_BYTES).decode())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, no TOML, a number of too many digits
             raise SettingsError(f"{path}: not readable as TOML ({reason(error)})") from None
         except RecursionError:
             raise SettingsError(f"{path}: not readable as TOML (it is nested too deep)") from None
