@@ -108,6 +108,8 @@ def stock_logits(folder: Path, ids: list[int]) -> Any:
             tensor = whole
         found[name] = tensor.float()
     model = LongcatFlashForCausalLM(config)
+    if "lm_head.weight" in found:  # counts, also where the config ties it and it differs
+        model.lm_head.weight = torch.nn.Parameter(found["lm_head.weight"].clone())
     with torch.no_grad():
         for name, mine in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
             if name in found and found[name].shape == mine.shape:
@@ -163,6 +165,7 @@ def read_generate(case: Path) -> tuple[int, str]:
     sys.stdout.flush()
     if code:
         return code, ""
+    sys.stdout.flush()
     told = json.loads(Path("stdout").read_text())
     prompt, made = ([token["id"] for token in told[key]] for key in ("prompt_tokens", "tokens"))
     tokenizer = Tokenizer.from_str(json.dumps(json.loads((case / "tokenizer.json").read_text())))

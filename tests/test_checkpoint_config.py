@@ -65,6 +65,8 @@ REFUSED = [
     ("rope_parameters.factor", rope(factor=1e300)),
     ("rope_parameters.rope_theta", rope(rope_theta=0)),
     ("rope_theta", {"rope_theta": 10**30}),
+    ("rope_theta", {"rope_theta": None}),
+    ("rope_parameters.rope_theta", rope(rope_theta=None)),
     ("max_position_embeddings", {"max_position_embeddings": 10**30}),
     ("rope_parameters.original_max_position_embeddings", rope(original_max_position_embeddings=0)),
     ("rope_parameters.beta_slow", rope(beta_slow=32, beta_fast=1)),

@@ -90,7 +90,7 @@ _OPTIONAL: dict[str, Check] = {
         lambda value: _is_id(value) or (isinstance(value, list) and all(_is_count(item, 0) for item in value)),
         "an integer >= 0, a list of such, null or absent",
     ),
-    "rope_theta": (lambda value: value is None or _AT_LEAST_1[0](value), _AT_LEAST_1[1]),
+    "rope_theta": _AT_LEAST_1,
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
     # Options that the published models don't use, and that transformers' LongCat-Flash reads past without a word.
@@ -191,7 +191,7 @@ def _check_rope(rope: Any, source: str, rope_dim: int) -> None:
         if rope.get(key) is None:
             raise CheckpointError(f"{source}.{key} is missing, which rope_type {kind!r} needs")
     for key, (fits, needs) in _ROPE.items():
-        if rope.get(key) is not None and not fits(rope[key]):
+        if (rope.get(key) is not None or key == "rope_theta" in rope) and not fits(rope[key]):
             raise CheckpointError(f"{source}.{key} must be {needs}, got {rope[key]!r}")
     for key in ("short_factor", "long_factor"):
         factors = rope.get(key)
