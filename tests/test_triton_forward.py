@@ -106,6 +106,38 @@ def test_x_with_rows_apart(device: str) -> None:
     assert_bitwise(run(case, inputs._replace(x_TH=across), pointers(16), device), together)
 
 
+@pytest.mark.parametrize("how", [pointers(16), ONE_TOKEN], ids=["tokens", "one token"])
+def test_everything_strided(how: Schedule, device: str) -> None:
+    """Whatever a kernel takes by pointer, with what must not be read between its numbers."""
+    T = 1 if how.block_m == 1 else 9
+    case = Case(
+        "strided", "constants, so that beta and value are there", T=T, H=24, I=12, E=3, kinds=(("constant", 3),)
+    )
+    inputs = case.inputs(torch.float16)
+    x, w13, w2, weights, ids = (tensor.to(device) for tensor in inputs[:5])
+    generator = torch.Generator().manual_seed(0)
+    alpha, beta, value = (torch.randn(*size, generator=generator).to(device) for size in ((T,), (T, 3), (3, case.H)))
+    plan = prepare(
+        weights, ids, num_experts=case.E, num_slots=case.A, block_m=how.block_m, kinds=(), scale_S=None,
+        constant_logits_TC2=None,
+    )[:4]  # fmt: skip
+
+    def apart(tensor: torch.Tensor) -> torch.Tensor:
+        memory = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=tensor.dtype, device=device)
+        memory[..., ::2] = tensor
+        return memory[..., ::2]
+
+    def out(x, weights, w13, w2, *affine) -> torch.Tensor:
+        return moe_ffn(x, weights, *plan, w13, w2, affine, "silu", how)
+
+    given = [x, weights, w13, w2, alpha, beta, value]
+    assert_bitwise(out(*map(apart, given)), out(*given))
+    turned = [tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor for tensor in given]
+    assert_bitwise(out(*turned), out(*given))
+    same = x[:1].expand_as(x)
+    assert_bitwise(out(same, *given[1:]), out(same.contiguous(), *given[1:]))
+
+
 @pytest.mark.parametrize("name", ["plain", "all_zero", "null", "one_token"])
 def test_lost_token(name: str, device: str) -> None:
     case = BY_NAME[name]

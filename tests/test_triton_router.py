@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from zemoe.kernels.triton import router
 from zemoe.kernels.triton.router import Way, choose_way, router_logits
 
 pytestmark = [
@@ -184,3 +186,19 @@ def test_sets_of_ids_are_those_of_float64(R, H, chunk):
         assert not (differs & (gap_T > 1e-4)).any()
         wrong += int(differs.sum())
     assert wrong <= tokens * 1e-4
+
+
+def test_rows_that_overlap_take_no_descriptor(device, monkeypatch):
+    """One token, expanded: a descriptor's rows must not overlap. Whatever the path, it gives what a copy gives."""
+    asked = []
+
+    def choose(T, R, H, dtype, large_tiles, few_registers):
+        asked.append(large_tiles)
+        return DIRECT
+
+    monkeypatch.setattr(router, "choose_way", choose)
+    monkeypatch.setattr(router, "gpu_of", lambda _: SimpleNamespace(takes_large_tiles=True, tensor_memory=False))
+    x_TH, weight_RH = _inputs(1, 24, 32, torch.float16, device)
+    together = router_logits(x_TH.expand(40, -1), weight_RH)
+    assert torch.equal(together, router_logits(x_TH.repeat(40, 1), weight_RH))
+    assert asked == [False, True]

@@ -425,7 +425,7 @@ def moe_ffn(
     x_TH = x_TH if x_TH.stride(1) == 1 else x_TH.contiguous()
     w13, w2, weights_TK = w13.contiguous(), w2.contiguous(), weights_TK.contiguous()
     alpha_T, beta_TC, value_CH = affine
-    affine = alpha_T.contiguous(), beta_TC, None if value_CH is None else value_CH.contiguous()
+    affine = alpha_T.contiguous(), *(None if one is None else one.contiguous() for one in (beta_TC, value_CH))
     N, H = len(row_token_N), x_TH.shape[1]
     if not w13.numel() or not N:  # no product: without experts nobody reads the rows, experts of width 0 return zeros
         rows_NH = x_TH.new_zeros((N, H)) if len(w13) else x_TH

@@ -303,7 +303,8 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     assert x_TH.stride(1) == weight_RH.stride(1) == 1
     if T == 0:
         return weight_RH.new_empty((1, 0, R))
-    aligned = H % 8 == 0 and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
+    # A descriptor takes no rows that overlap, as those of an expanded tensor do.
+    aligned = H % 8 == 0 and x_TH.stride(0) >= H and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
     gpu = gpu_of(x_TH.device)
     way = way or choose_way(T, R, H, x_TH.dtype, aligned and gpu.takes_large_tiles, not gpu.tensor_memory)
     tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
