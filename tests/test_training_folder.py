@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,24 @@ from safetensors.torch import load_file, save_file
 
 import training_worker
 from test_training_data import rewrite
-from training_worker import ended, records, settings_for, start, train_until, write_text
+from training_worker import (
+    dies_in,
+    ended,
+    records,
+    settings_for,
+    start,
+    train_until,
+    with_small_files,
+    write_text,
+)
 from zemoe.checkpoint import verify
 from zemoe.cli import main
+from zemoe.training import command
 from zemoe.training.data import Corpus, read_cache
 from zemoe.training.run import train
 from zemoe.training.settings import Settings, SettingsError, read
+from zemoe.training.state import Reader
+from zemoe.training.view import View
 
 whole, on_one_thread = training_worker.whole, training_worker.on_one_thread
 pytestmark = pytest.mark.usefixtures("on_one_thread")  # as the whole run, to have its bits
@@ -236,3 +249,69 @@ def test_the_largest_learning_rate(tmp_path, capsys):
     changes = ("train.learning_rate=1e30", "train.weight_decay=1e6", "train.warmup=0", "train.steps=3")
     code = main(arguments(settings_for(tmp_path, "out", *changes)))
     assert code in (0, 1) and capsys.readouterr().err.count("\n") <= 1
+
+
+# ---------------------------------------------------------------------------------------- what ends it, phase by phase
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("tokenizer.json", "the tokenizer or the encoded text"),
+        ("corpus.safetensors", "the tokenizer or the encoded text"),
+        ("export/model.safetensors", "the export"),
+        ("states/step-00000004/tensors-00001.safetensors", "the state of step 4"),
+    ],
+)
+def test_a_file_for_which_there_is_no_room(whole, tmp_path, name, what):
+    shutil.copy(whole.folder / "text.txt", tmp_path)
+    settings, stderr = settings_for(tmp_path, "out", "run.eval_every=2"), tmp_path / "stderr"
+    most = (whole.out / name).stat().st_size - 1
+    assert ended(start(with_small_files, arguments(settings), most, stderr)) == 1
+    assert stderr.read_text().startswith(f"zemoe: error: {tmp_path / 'out'}") and stderr.read_text().count("\n") == 1
+    said = f"{what} could not be written"
+    assert said in stderr.read_text() and "begin anew with --resume when there is room" in stderr.read_text()
+    assert not list((tmp_path / "out").rglob(".*"))
+    train(settings_for(tmp_path, "out"), resume=True, listener=nothing)
+    assert records(tmp_path / "out", "train", "eval") == records(whole.out, "train", "eval")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [("data", "train_tokenizer"), ("state", "write_bytes"), ("data", "save_file"), ("files", "recover"),
+     ("state", "write_json"), ("run", "build"), ("run", "compile_loops")],
+    ids="-".join,
+)  # fmt: skip
+def test_killed_before_the_first_step(whole, tmp_path, where):
+    shutil.copy(whole.folder / "text.txt", tmp_path)
+    settings = settings_for(tmp_path, "out")
+    assert ended(start(dies_in, settings, *where)) == -signal.SIGKILL
+    train(settings, resume=True, listener=nothing)
+    assert records(tmp_path / "out", "train", "eval") == records(whole.out, "train", "eval")
+    assert {*contents(tmp_path / "out")} == {*contents(whole.out)} - {
+        f"states/step-00000004/{name}" for name in ("state.json", "tensors-00001.safetensors")
+    }
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("kind", ["train", "eval", "saved"])
+def test_the_exit_code_of_a_signal(whole, tmp_path, monkeypatch, capsys, number, code, kind):
+    shutil.copy(whole.folder / "text.txt", tmp_path)
+
+    class Stopper(View):
+        sent = False
+
+        def __call__(self, record: dict) -> None:
+            if record["kind"] == kind and not self.sent:
+                self.sent = True
+                signal.raise_signal(number)
+
+    settings = settings_for(tmp_path, "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "open_view", lambda *_: Stopper())
+        assert main(arguments(settings)) == code
+    stopped = Reader(tmp_path / "out" / "states").step
+    assert stopped == {"train": 2, "eval": 7, "saved": 5}[kind]
+    assert capsys.readouterr().err == ""
+    assert main([*arguments(settings), "--resume"]) == 0
+    assert records(tmp_path / "out", "train", "eval") == records(whole.out, "train", "eval")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -146,6 +147,22 @@ def train_until(settings: Settings, step: int, go: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     run.train(settings, resume=False, listener=wait)
+
+
+def with_small_files(arguments: list[str], most: int, stderr: Path) -> None:
+    """`zemoe` on a machine where no file can be larger than `most` bytes, as on a disk that is full."""
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    with stderr.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(arguments))
+
+
+def dies_in(settings: Settings, module: str, name: str) -> None:
+    """Train, and be killed where the function `name` of a module of zemoe.training is called."""
+    torch.set_num_threads(1)
+    setattr({"data": data, "files": files, "state": state, "run": run}[module], name, die)
+    run.train(settings, resume=True, listener=_nothing)
 
 
 def one_rank(rank: int, world: int, rendezvous: str, settings: Settings, resume: bool, last: int) -> None:

@@ -49,8 +49,12 @@ def sync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """All of it or nothing, and on the disk when this returns."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    sync(unfinished)
+    try:
+        unfinished.write_bytes(content)
+        sync(unfinished)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # the room that it took
+        raise
     unfinished.replace(path)
 
 
@@ -106,8 +110,8 @@ def writing(what: str, states: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         kept = steps(states)
-        last = f"the state of step {kept[-1]} is whole, go on with --resume" if kept else "there is no state yet"
-        raise StateError(f"{what} could not be written ({error}); {last} when there is room") from None
+        last = f"the state of step {kept[-1]} is whole, go on" if kept else "there is no state yet, begin anew"
+        raise StateError(f"{what} could not be written ({error}); {last} with --resume when there is room") from None
 
 
 class Writer:
