@@ -144,5 +144,5 @@ def test_check_arch_finds_what_does_not_fit(tmp_path) -> None:
     assert fits == "[]"
     assert "sm_86" in less and "_scatter_weights" in less
     assert "needs 8192 bytes of shared memory, and there are 8191" in less
-    assert "needs 544 columns of tensor memory, and there are 512" in columns
+    assert re.search(r"needs 5\d\d columns of tensor memory, and there are 512", columns)  # by the version of Triton
     assert "sm_120" in large and "bytes of shared memory, and there are 101376" in large
