@@ -267,6 +267,10 @@ DAMAGE = {
     ),
     "header with unknown dtype": (edit_header(dtype="F3"), [EXPERT, "unknown dtype 'F3'"]),
     "header with a negative size": (edit_header(shape=[-24, -32]), [EXPERT, "[-24, -32]"]),
+    "header with a number that only Python reads": (
+        edit_header(more=10**400),
+        ["model.safetensors", "number out of range"],
+    ),
     "header whose dtype is a list": (edit_header(dtype=["BF16"]), [EXPERT, "unknown dtype ['BF16']"]),
     "header where two tensors share bytes": (edit_header(data_offsets=[0, 1536]), ["tensor ", "those"]),
     "header nested": (edit_header(more=NESTED), ["model.safetensors", "nested more than 64 deep"]),
