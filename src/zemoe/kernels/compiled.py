@@ -16,13 +16,14 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import event
+from numba.core import config, event
 from torch import Tensor
 
 from ..versions import warn_if_untested
 from .loop_cache import LoopCache
 
 warn_if_untested("numba", numba.__version__)
+_numba_config: Any = config
 
 
 class _Told(event.Listener):
@@ -31,12 +32,12 @@ class _Told(event.Listener):
     def __init__(self) -> None:
         self.told = False
 
-    def on_start(self, event: event.Event) -> None:
+    def on_start(self, event: Any) -> None:
         if not self.told and event.data["dispatcher"].py_func.__module__.startswith(__package__):
             self.told = True
             logging.getLogger("zemoe").info("compiling loops for this CPU, once; it takes about ten seconds")
 
-    def on_end(self, event: event.Event) -> None:
+    def on_end(self, event: Any) -> None:
         pass
 
 
@@ -124,7 +125,7 @@ def run_parts(part: Callable, all_parts: Callable, *arguments: Any) -> None:
             part(*arguments, n, parts)
         return
     _start_threads()
-    wanted, others = min(parts, numba.config.NUMBA_NUM_THREADS), numba.get_num_threads()
+    wanted, others = min(parts, _numba_config.NUMBA_NUM_THREADS), numba.get_num_threads()
     if wanted == others:
         all_parts(*arguments, parts)
         return
