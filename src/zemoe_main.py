@@ -16,6 +16,7 @@ except KeyboardInterrupt:
     os._exit(130)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS = 10  # to tidy up; a library may have swallowed the exception
 _GONE = 128 + signal.SIGPIPE
 
 
@@ -38,9 +39,20 @@ class _Signals:
 
     def _take(self, number: int, frame: object) -> None:
         again, self.came = bool(self.came), self.came or number
-        sys.unraisablehook = threading.excepthook = sys.excepthook = _quiet
+        threading.excepthook = sys.excepthook = _quiet
+        sys.unraisablehook = self._lost
         if self.tidy and not again:
+            signal.signal(signal.SIGALRM, self._end)
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS)
             raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+        self._end()
+
+    def _lost(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Called back by compiled code, Python can't hand the exception on, and drops it."""
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._end()
+
+    def _end(self, *_: object) -> None:
         if self.tidy:
             _show_cursor()
         os._exit(128 + self.came)

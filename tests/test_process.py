@@ -70,6 +70,27 @@ def test_two_at_once():
     assert process.communicate(timeout=60) == (b"", b"") and process.returncode in (130, 143)
 
 
+SWALLOWED = {
+    "by compiled code": "import ctypes; call = ctypes.CFUNCTYPE(None)(lambda: time.sleep(60)); call(); time.sleep(60)",
+    "by a library": "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("swallowed", SWALLOWED)
+def test_a_signal_that_someone_swallows(swallowed):
+    program = (
+        "import os, sys, time, zemoe_main, zemoe.cli\n"
+        f"def main():\n    os.write(2, b'!')\n    exec({SWALLOWED[swallowed]!r})\n"
+        "zemoe_main._SECONDS = 0.5\nzemoe.cli.main = main\nsys.exit(zemoe_main.main())"
+    )
+    command = [sys.executable, "-c", program]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, preexec_fn=default_signals, env=environment())
+    assert process.stderr is not None and os.read(process.stderr.fileno(), 1) == b"!"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == (b"", b"") and process.returncode == 143
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """As nohup and the background of a shell leave Ctrl-C."""
     process = begin("--version", prepare=ignored_signals)
