@@ -155,7 +155,7 @@ def draw(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Layer:
         top_k=K,
         rules=rules,
         activation=rng.choice(("silu", "silu", "gelu", "gelu_tanh")),
-        x=_laid(rng, x),
+        x=_laid(rng, x, plain),
         w13=_laid(rng, normal(E, 2 * I, H, deviation=1.2 * H**-0.5).to(dtype), plain),
         w2=_laid(rng, normal(E, H, I, deviation=2.5 * I**-0.5).to(dtype), plain),
         logits=_laid(rng, logits),
