@@ -21,7 +21,7 @@ run: $(READY)
 # Everything that `test` needs, side by side with `make --jobs 2 environments`.
 environments: $(READY) $(OLDEST) $(VLLM)/.ready
 
-test: $(READY) test-oldest test-vllm
+test: $(READY) check-arch test-avx2 test-oldest test-vllm
 	$(PYTEST)
 
 test-oldest: $(READY) $(OLDEST)
