@@ -67,6 +67,5 @@ def test_generating_and_training(tmp_path):
     generate = ("generate", "--json", "--max-new-tokens", "3")
     made, said = zemoe(tmp_path / "cache", *generate, threads=1)  # takes other loops than two threads
     assert said[0] == NOTE and said[-1] == "['begin']" and len(json.loads(made)["tokens"]) == 3
-    assert json.loads(made)["timing"]["prompt"]["seconds"] < 3  # compiling takes longer
     _, said = zemoe(tmp_path / "cache", *generate, threads=1)
     assert NOTE not in said and said[-1] == "['begin']"
