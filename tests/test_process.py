@@ -108,6 +108,7 @@ def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path):
     process = begin("train", "--data", str(tmp_path / "my.txt"), "--out", str(tmp_path / "run"), *settings)
     assert process.stderr is not None
     assert process.stderr.readline() == b"zemoe: training a tokenizer on 2 MB of text\n"
+    time.sleep(0.3)  # until that write has returned: an exception in it would have the line written again
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
