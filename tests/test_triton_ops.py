@@ -102,3 +102,13 @@ def test_more_choices_than_int32_counts(device: str) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**16, 2**15)
     with pytest.raises(ValueError, match="topk_ids must have fewer than"):
         ops_triton._prepare_cuda(ids[:1].float(), ids, 1, 1, 16, [], None, None)
+
+
+def test_rows_of_a_matrix_lie_apart(device: str) -> None:
+    """So an expanded x takes the kernels, and gets the bits, of its copy."""
+    one, many = torch.randn(1, 24, device=device), torch.randn(5, 48, device=device)
+    for matrix in (one, many, many[:, :24], one[:, :8]):
+        assert ops_triton.with_rows(matrix) is matrix
+    for matrix in (one.expand(5, -1), many.T, one[:, :1].expand(5, 1), many.flatten().as_strided((5, 24), (8, 1))):
+        copy = ops_triton.with_rows(matrix)
+        assert copy.stride() == (matrix.shape[1], 1) and torch.equal(copy, matrix)

@@ -71,8 +71,12 @@ def no_second_derivative(ctx, *grads: Tensor) -> NoReturn:
 
 
 def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy, with stride 1 along its rows; contiguous() lets a row of one element have any stride."""
-    return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
+    """The matrix, or a copy, with stride 1 along its rows, which don't overlap, so that a descriptor can read it.
+
+    Not by contiguous(), which lets a row of one element have any stride.
+    """
+    apart = len(matrix) < 2 or matrix.stride(0) >= matrix.shape[1]
+    return matrix if matrix.stride(1) == 1 and apart else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
