@@ -46,7 +46,7 @@ def test_version_and_entry_point(capsys):
     assert capsys.readouterr().out == f"zemoe {zemoe.__version__}\n"
     assert version("zemoe") == zemoe.__version__
     (script,) = entry_points(group="console_scripts", name="zemoe")
-    assert script.load() is main
+    assert script.value == "zemoe_main:main"
 
 
 def test_help():

@@ -64,6 +64,7 @@ def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         yield
 
 
+@pytest.mark.triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes infinities and NaN with numpy
 def test_triton_in_its_interpreter(triton_on_the_cpu) -> None:
     for seed in range(25):
