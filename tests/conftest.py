@@ -84,6 +84,8 @@ def poisoned_empty() -> Iterator[None]:
     Patching beats `torch.utils.deterministic.fill_uninitialized_memory`, which works only together with
     `use_deterministic_algorithms` and would so test other code paths than those that users run.
     """
+    # `with torch.device(..)` looks the constructors up once for all, so not while they are others.
+    torch.utils._device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
