@@ -197,6 +197,9 @@ def test_a_head_that_is_tied_must_fit(checkpoint, tmp_path):
         ('{"cache_implementation": 3}', "cache_implementation can't be used"),
         ('{"validate": 3}', "validate can't be used"),
         ("\ufeff{}", "byte order mark"),
+        ('{"eos_token_id": 2.5}', "eos_token_id must be a token id, a list of them, or null, got 2.5"),
+        ('{"eos_token_id": [1, "2"]}', "eos_token_id must be a token id"),
+        ('{"pad_token_id": [1]}', "pad_token_id must be a token id or null"),
     ],
 )
 def test_generation_config(checkpoint, tmp_path, content, said):

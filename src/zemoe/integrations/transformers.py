@@ -178,6 +178,12 @@ def _generation_config(folder: Path, config: transformers.LongcatFlashConfig) ->
     if not os.path.lexists(path):
         return transformers.GenerationConfig.from_model_config(config)
     entries = load_json(path)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # which transformers takes as they are
+        ids = entries.get(key)
+        listed = ids if key == "eos_token_id" and isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(one) is not int for one in listed):
+            needs = "a token id, a list of them, or null" if key == "eos_token_id" else "a token id or null"
+            raise CheckpointError(f"{path}: {key} must be {needs}, got {ids!r}")
     try:
         return transformers.GenerationConfig.from_dict(dict(entries))
     except _WRONG_VALUE as error:
