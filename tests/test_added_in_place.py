@@ -148,6 +148,7 @@ def _train(rank: int, folder: str) -> None:
             (name, "DDP"): _gradients(copied),
         }
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other one still talks can abort
     dist.destroy_process_group()
 
 
@@ -162,5 +163,5 @@ def test_two_ranks_find_the_gradients_of_one(tmp_path):
         expected = _gradients(alone)
         assert gradients.keys() == expected.keys()
         for parameter, gradient in gradients.items():
-            assert torch.allclose(gradient, expected[parameter], rtol=1e-3, atol=1e-5), (name, way, parameter)
+            assert torch.allclose(gradient, expected[parameter], rtol=1e-4, atol=1e-6), (name, way, parameter)
             assert torch.equal(gradient, second[name, way][parameter]), (name, way, parameter)
