@@ -84,10 +84,13 @@ $(SGLANG)/0.5.%: $(SGLANG)/.ready
 	mv $@.partial $@
 
 # Runs on a machine with a GPU and its own torch, so with the Python that is named and no set-up of ours. One process
-# a file: most of the time goes to compiling kernels.
-GPU_TESTS := $(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py)
+# a file, and one each for the parts of the fuzz: most of the time goes to compiling kernels.
+GPU_TESTS := $(foreach part,0 1 2 3 4 5 6 7 8 9,$(foreach backend,triton torch, \
+	tests/test_gpu_fuzz.py::test_values_and_gradients[$(backend)-$(part)])) \
+	$(filter-out tests/test_gpu_fuzz.py,$(shell grep -lE "mark\.(gpu|triton)" tests/test_*.py))
+GPU_PROCESSES := 16
 test-gpu:
-	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P 8 -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
+	printf '%s\n' $(GPU_TESTS) | PYTHONPATH=src xargs -P $(GPU_PROCESSES) -n 1 $(PYTHON) -m pytest -m "gpu or triton" --require-gpu
 
 # Compiles every kernel at every tile size for every GPU that we name, without one; ALL=1 in all variants, which takes long.
 check-arch: $(READY)
