@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils import _device  # not imported by every torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
@@ -85,7 +86,7 @@ def poisoned_empty() -> Iterator[None]:
     `use_deterministic_algorithms` and would so test other code paths than those that users run.
     """
     # `with torch.device(..)` looks the constructors up once for all, so not while they are others.
-    torch.utils._device._device_constructors()
+    _device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
