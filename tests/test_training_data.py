@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -125,6 +126,26 @@ def test_load_tokenizer(tmp_path):
             data.load_tokenizer(tmp_path / name)
     with pytest.raises(SettingsError, match="not readable as a tokenizer"):
         data.load_tokenizer(tmp_path / "none.json")
+
+
+def test_a_tokenizer_with_dropout_gives_the_same_ids_each_time(tmp_path):
+    stored = json.loads(byte_tokenizer().to_str())
+    stored["model"]["dropout"] = 0.5
+    (tmp_path / "t.json").write_text(json.dumps(stored))
+    tokenizer, text = data.load_tokenizer(tmp_path / "t.json"), "the morning and the evening and the sea"
+    for _ in range(5):
+        assert tokenizer.encode(text).ids == byte_tokenizer().encode(text).ids
+
+
+def test_two_tokens_with_one_id_are_refused(tmp_path):
+    """Else what the id decodes to is another text in each process."""
+    stored = json.loads(byte_tokenizer().to_str())
+    first, second = list(stored["model"]["vocab"])[-2:]
+    stored["model"]["vocab"][second] = same = stored["model"]["vocab"][first]
+    (tmp_path / "t.json").write_text(json.dumps(stored))
+    words = re.escape(f"t.json: the tokens {first!r} and {second!r} have the same id, {same}")
+    with pytest.raises(SettingsError, match=words):
+        data.load_tokenizer(tmp_path / "t.json")
 
 
 def test_pieces_change_nothing_but_their_ends(monkeypatch):

@@ -71,11 +71,12 @@ def guarded(source: str | Path) -> Iterator[None]:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A `tokenizers.Tokenizer`, without truncation or padding. Raises TokenizerError.
+    """A `tokenizers.Tokenizer`, without truncation, padding or dropout. Raises TokenizerError.
 
     It encodes text as text: `<|endoftext|>` in it is thirteen characters, not the end mark, which has its id by name.
+    The same text has the same ids each time.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, models
 
     try:
         content = read_json(path)
@@ -83,9 +84,20 @@ def read_tokenizer(path: Path) -> Any:
         raise TokenizerError(f"{path}: not readable as a tokenizer ({reason(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise TokenizerError(f"{path}: is not a tokenizer, it has no model; take the one that belongs to the weights")
+    _check_ids(content["model"].get("vocab"), path)
     with guarded(path):
         tokenizer = Tokenizer.from_str(json.dumps(content))
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.dropout = None  # it leaves out merges by chance
     return tokenizer
+
+
+def _check_ids(vocab: Any, path: Path) -> None:
+    """TokenizerError for an id of two tokens: which of them it decodes to would be another one in each process."""
+    names: dict[Any, str] = {}
+    for name, number in vocab.items() if isinstance(vocab, dict) else ():
+        if isinstance(number, int) and names.setdefault(number, name) != name:
+            raise TokenizerError(f"{path}: the tokens {names[number]!r} and {name!r} have the same id, {number}")
