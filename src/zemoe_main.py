@@ -12,11 +12,13 @@ try:
     import io
     import signal
     import threading
+    import time
 except KeyboardInterrupt:
     os._exit(130)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SECONDS = 10  # to tidy up; a library may have swallowed the exception
+_SECONDS = 10  # to tidy up
+_AGAIN = 0.5  # seconds; an exception that nobody deals with by then was swallowed: numpy's imports do that
 _GONE = 128 + signal.SIGPIPE
 
 
@@ -29,10 +31,12 @@ def _quiet(*_: object) -> None:
 
 
 class _Signals:
-    """came: the first SIGINT or SIGTERM, 0 before. tidy: raise KeyboardInterrupt for it, instead of ending at once."""
+    """came: the first SIGINT or SIGTERM, 0 before. tidy: raise KeyboardInterrupt for it, instead of ending at once.
+    end: when whatever goes on is ended.
+    """
 
     def __init__(self) -> None:
-        self.came, self.tidy = 0, False
+        self.came, self.tidy, self.end = 0, False, 0.0
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as for what runs in the background of a shell, or nohup
                 signal.signal(number, self._take)
@@ -42,17 +46,31 @@ class _Signals:
         threading.excepthook = sys.excepthook = _quiet
         sys.unraisablehook = self._lost
         if self.tidy and not again:
-            signal.signal(signal.SIGALRM, self._end)
-            signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+            self.end = time.monotonic() + _SECONDS
+            signal.signal(signal.SIGALRM, self._look)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN, _AGAIN)
+            raise self._exception()
         self._end()
+
+    def _exception(self) -> KeyboardInterrupt:
+        return KeyboardInterrupt() if self.came == signal.SIGINT else _Terminated()
+
+    def _look(self, *_: object) -> None:
+        """Called again and again: end what takes too long, and raise once more what was swallowed."""
+        if time.monotonic() > self.end:
+            self._end()
+        error = sys.exc_info()[1]  # what an `except` or `finally` deals with just now, or what that came out of
+        while error is not None and not isinstance(error, KeyboardInterrupt):
+            error = error.__cause__ or error.__context__
+        if error is None and self.tidy:
+            raise self._exception()
 
     def _lost(self, unraisable: "sys.UnraisableHookArgs") -> None:
         """Called back by compiled code, Python can't hand the exception on, and drops it."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._end()
 
-    def _end(self, *_: object) -> None:
+    def _end(self) -> None:
         if self.tidy:
             _show_cursor()
         os._exit(128 + self.came)

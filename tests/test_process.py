@@ -91,6 +91,25 @@ def test_a_signal_that_someone_swallows(swallowed):
     assert process.communicate(timeout=50) == (b"", b"") and process.returncode == 143
 
 
+def test_a_signal_that_someone_swallows_and_goes_on_comes_again():
+    """And again, until somebody lets it through; not while somebody deals with it, however long that takes."""
+    program = (
+        "import os, sys, time, zemoe_main, zemoe.cli\n"
+        "def main():\n"
+        "    for _ in range(2):\n"
+        "        try:\n            os.write(2, b'!')\n            time.sleep(60)\n"
+        "        except BaseException:\n            pass\n"
+        "    try:\n        time.sleep(60)\n"
+        "    finally:\n        time.sleep(1.5)\n        os.write(2, b' tidied')\n"
+        "zemoe.cli.main = main\nsys.exit(zemoe_main.main())"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes, preexec_fn=default_signals, env=environment())
+    assert process.stderr is not None and os.read(process.stderr.fileno(), 1) == b"!"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == (b"", b"! tidied") and process.returncode == 143
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """As nohup and the background of a shell leave Ctrl-C."""
     process = begin("--version", prepare=ignored_signals)
