@@ -100,10 +100,26 @@ def test_a_new_model_from_text_alone(train, tmp_path):
 
 @pytest.mark.parametrize("number", ["model.num_layers=1000000000", "model.n_routed_experts=1000000000"])
 def test_a_model_that_fits_into_no_memory(train, number):
-    for arguments in ((), ("--dry-run",)):
-        code, out, err = train(*arguments, start=None, sets=[number, "model.vocab_size=300"])
-        assert (code, out) == (2, "")
-        assert re.match(r"zemoe: error: model: [\d,]+ GB of weights don't fit into this machine's memory of \d+", err)
+    """It isn't trained; a dry run, which may be about another machine, says how large it is."""
+    sets = [number, "model.vocab_size=300"]
+    code, out, err = train(start=None, sets=sets)
+    assert (code, out) == (2, "")
+    refusal = r"model: [\d,]+ GB of weights don't fit into this machine's memory of \d+"
+    assert re.match(f"zemoe: error: {refusal}", err)
+    code, out, err = train("--dry-run", start=None, sets=sets)
+    assert (code, err) == (0, "")
+    assert re.search(rf"^# model: [\d,.]+ B parameters, .*^# this machine can't train it: {refusal}", out, re.M | re.S)
+    planned = json.loads(train("--dry-run", "--json", start=None, sets=sets)[1])
+    assert planned["parameters"] > 10**11 and re.match(refusal, planned["refused_here"])
+
+
+def test_a_start_that_fits_into_no_memory(train, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("zemoe.training.model.total_bytes", lambda: 10_000)
+    code, out, err = train()
+    assert (code, out) == (2, "") and "GB of weights don't fit into this machine's memory" in err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    assert json.loads(train("--dry-run", "--json")[1])["refused_here"] is None
 
 
 def test_more_tokens_than_the_text_can_have(train, tmp_path):

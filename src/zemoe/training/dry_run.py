@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import LongcatFlashConfig
 
 from . import data
-from .model import count_parameters, new_config, read_start, start_folder, wanted_ffn_experts
-from .settings import Settings
+from .model import check_fits, count_parameters, new_config, read_start, start_folder, wanted_ffn_experts
+from .settings import Settings, SettingsError
 from .view import millions
 
 _SAMPLE = 200_000  # characters of each text, of which the tokens are counted
@@ -20,7 +21,9 @@ _EXPORTED = {"float32": 4, "bfloat16": 2}
 
 
 def plan(settings: Settings) -> dict[str, Any]:
-    """Sizes, counts and needs of the run that `settings` ask for. Nothing is written.
+    """Sizes, counts and needs of the run that `settings` ask for. Nothing is written, and no model is made.
+
+    refused_here: what this machine has too little memory for, or None; another may have more.
 
     Raises:
         SettingsError: as the run itself, but for what the whole text would show.
@@ -58,7 +61,16 @@ def plan(settings: Settings) -> dict[str, Any]:
         "logits_bytes": a_step // train.accumulate * config.vocab_size * 4,
         "disk_bytes": parameters.total
         * (_IN_A_STATE * (settings.run.keep + 1) + 2 * _EXPORTED[settings.run.export_dtype]),
+        "refused_here": _refused_here(config),
     }
+
+
+def _refused_here(config: LongcatFlashConfig) -> str | None:
+    try:
+        check_fits(config)
+    except SettingsError as error:
+        return str(error)
+    return None
 
 
 def _bytes(texts: list[str]) -> int:
@@ -85,6 +97,8 @@ def show(planned: dict[str, Any], out: Console) -> None:
         f"{_size(p['logits_bytes'])} for one copy of a micro-batch's logits over all devices",
         "disk": f"at most {_size(p['disk_bytes'])} for states and export",
     }
+    if p["refused_here"] is not None:
+        rows["this machine can't train it"] = p["refused_here"]
     for name, text in rows.items():
         out.print(f"# {name}: {text}", markup=False, soft_wrap=True)
 

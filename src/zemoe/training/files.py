@@ -17,7 +17,7 @@ from ..regular_files import MOST_JSON_BYTES, check_regular, read_bytes, reason
 from . import data, state
 from .data import Corpus
 from .export import recover
-from .model import end_of, new_config, read_start, start_folder, wanted_ffn_experts
+from .model import check_fits, end_of, new_config, read_start, start_folder, wanted_ffn_experts
 from .parallel import Ranks
 from .settings import Settings, SettingsError
 from .state import Reader, StateError
@@ -237,6 +237,7 @@ def _encode(
     else:
         tokenizer, content = data.load_tokenizer(files.tokenizer), None
     config = config or new_config(settings.model, tokenizer, settings.data.context)
+    check_fits(config)
     wanted_ffn_experts(config, settings.train.ffn_experts)
     if processes.device.type == "cpu":
         _check_memory(settings, config, processes.world)

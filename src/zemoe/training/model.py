@@ -76,14 +76,20 @@ def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFla
         raise SettingsError(f"model: {error.__cause__ or error}") from None
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    # Every process makes the weights in float32 before it shares them; each layer has modules beside them.
+    return config
+
+
+def check_fits(config: LongcatFlashConfig) -> None:
+    """SettingsError for a model that this machine has no memory for, before any is taken.
+
+    Every process makes the weights in float32 before it shares them; each layer has modules beside them.
+    """
     needs, there = 4 * count_numbers(_entries(config)) + _BYTES_OF_MODULES * config.num_layers, total_bytes()
     if there is not None and needs > there:
         raise SettingsError(
             f"model: {needs / 1e9:,.0f} GB of weights don't fit into this machine's memory of {there / 1e9:,.0f} GB; "
-            "make model.num_layers, model.n_routed_experts or another size smaller"
+            "make model.num_layers, model.n_routed_experts or another size smaller, or begin with a smaller checkpoint"
         )
-    return config
 
 
 def _entries(config: LongcatFlashConfig) -> dict[str, Any]:
