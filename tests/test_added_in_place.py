@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ranks import as_rank
 from zemoe import FusedMoE, MoE, MoEConfig, ZeroExpertFusedMoE
 
 H, A, T = 16, 8, 12
@@ -125,8 +126,6 @@ def _train(rank: int, folder: str) -> None:
     """One rank: gradients of its half of the tokens, with the layer as FSDP's root, within one, and under DDP."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     x = tokens(2, 6, H)[rank : rank + 1]
     found = {}
@@ -148,12 +147,14 @@ def _train(rank: int, folder: str) -> None:
             (name, "DDP"): _gradients(copied),
         }
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves while the other one still talks can abort
-    dist.destroy_process_group()
+
+
+def _rank(rank: int, folder: str) -> None:
+    as_rank(rank, f"{folder}/meeting", _train, rank, folder)
 
 
 def test_two_ranks_find_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(_train, args=(str(tmp_path),), nprocs=2, join=True)
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2, join=True)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     x = tokens(2, 6, H)
     assert first.keys() == second.keys() and len(first) == 9

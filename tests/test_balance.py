@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 from judge import judge
+from ranks import as_rank
 from zemoe import MoE, MoEConfig, Routing, observe, reference, select_experts
 from zemoe.balance import (
     ffn_experts_per_token,
@@ -253,24 +253,21 @@ class TestLongcatBias:
             )
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _work(rank: int, folder: str) -> None:
     whole = routing_of(20)
     mine = Routing(*(tensor[:14] if rank == 0 else tensor[14:] for tensor in whole))  # uneven on purpose
     counts = slot_counts(mine.topk_ids_TK, A)
     loss = longcat_balance_loss(mine, num_experts=E, ffn_experts_per_token=2.0)
     torch.save((counts, loss), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+
+
+def _rank(rank: int, folder: str) -> None:
+    as_rank(rank, f"{folder}/meeting", _work, rank, folder)
 
 
 def test_two_ranks(tmp_path):
     """Counts are those of the global batch, and so are the frequencies in the loss; P is the rank's own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2, join=True)
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2, join=True)
     whole = routing_of(20)
     (counts0, loss0), (counts1, loss1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     expected = slot_counts(whole.topk_ids_TK, A)

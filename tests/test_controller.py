@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ranks import as_rank
 from zemoe import BudgetController, Routing, reference, select_experts, update_longcat_bias_
 
 LAYER = ("layer", 0)
@@ -200,10 +201,7 @@ class TestALoop:
         assert max(abs(mean - 4.0) for mean in self.run(move, 512, 1e-3)[60:]) > 0.25 * 4.0
 
 
-def _worker(rank: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _work(rank: int, folder: str) -> None:
     logits, bias = draw(100, 12, 1.0), torch.zeros(12)
     controller = BudgetController(8, 2.5)
     mine = logits[:80] if rank == 0 else logits[80:]  # uneven on purpose
@@ -214,14 +212,17 @@ def _worker(rank: int, folder: str) -> None:
     biases = {name: torch.zeros(12) for name in NAMES}
     controller.update_(biases)
     torch.save(biases, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+
+
+def _rank(rank: int, folder: str) -> None:
+    as_rank(rank, f"{folder}/meeting", _work, rank, folder)
 
 
 NAMES = ("layer", "other")
 
 
 def test_two_ranks_move_as_one(tmp_path):
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=2, join=True)
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2, join=True)
     logits, bias = draw(100, 12, 1.0), torch.zeros(12)
     controller = BudgetController(8, 2.5)
     controller.add(

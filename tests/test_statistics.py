@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import statistics as stdlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ranks import as_rank
 from zemoe import MoE, MoEConfig, Routing, observe
 from zemoe.balance import (
     adamoe_balance_loss,
@@ -378,11 +379,7 @@ def _step(
     return tally, total, biases
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _work(rank: int, folder: str) -> None:
     x, results = tokens(20).detach(), {}
     for name in LOSSES:
         model = Model()
@@ -392,15 +389,15 @@ def _worker(rank: int, port: int, folder: str) -> None:
             dist.all_reduce(tensor)  # what a trainer does with gradients
         results[name] = (tally.counts, tally.ffn_histograms, loss, biases, grads, tally.statistics().to_dict())
     torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+
+
+def _rank(rank: int, folder: str) -> None:
+    as_rank(rank, f"{folder}/meeting", _work, rank, folder)
 
 
 def test_two_ranks_equal_one_process(tmp_path):
     """Counts, statistics, bias updates, balance losses and their gradients: those of the whole batch in one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2, join=True)
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2, join=True)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in LOSSES:
         model = Model()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import socket
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from tiny_checkpoint import write_checkpoint
 from training_worker import ended, losses, one_rank, records, settings_for, start
 from zemoe.checkpoint import verify
 from zemoe.integrations.transformers_layers import ZeroExpertLongcatMoE
-from zemoe.training import state, train
+from zemoe.training import parallel, state, train
 from zemoe.training.files import Files, prepare
 from zemoe.training.optimizer import Optimizer, rate
 from zemoe.training.parallel import Ranks
@@ -124,6 +126,33 @@ def test_two_ranks(plain, tmp_path, parallel, first, last):
     assert_same_curve(out, plain.out, since=first)
     heldout, wanted = ([record["heldout_loss"] for record in records(o, "eval")] for o in (out, plain.out))
     assert heldout == pytest.approx(wanted, rel=LOSS)
+
+
+@pytest.mark.parametrize("parallel_mode", ["ddp", "fsdp"])
+def test_torchrun_leaves_when_nothing_holds_the_group(tmp_path, monkeypatch, parallel_mode):
+    """DDP's reducer, were it the last to let go, would wait for gloo's threads with Python's lock, perhaps for ever."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**names, "TORCHELASTIC_RUN_ID": "one"}.items():
+        monkeypatch.setenv(name, value)
+    made: list[weakref.ref] = []
+    held: list[int] = []
+    wrap, leave = Ranks.wrap, parallel.dist.destroy_process_group
+
+    def wrapped(self: Ranks, model: torch.nn.Module) -> torch.nn.Module:
+        made.append(weakref.ref(module := wrap(self, model)))
+        return module
+
+    monkeypatch.setattr(Ranks, "wrap", wrapped)
+    monkeypatch.setattr(
+        parallel.dist, "destroy_process_group", lambda: (held.append(sum(ref() is not None for ref in made)), leave())
+    )
+    settings = settings_for(tmp_path, "out", "train.steps=1", f"run.parallel={parallel_mode}")
+    train(settings, resume=False, listener=lambda _: None)
+    assert len(made) == 1 and held == [0]
+    assert not parallel.dist.is_initialized()
 
 
 def test_rows_that_cannot_be_shared(tmp_path, monkeypatch):

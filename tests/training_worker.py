@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from judge import one_thread
+from ranks import as_rank
 from zemoe.cli import main
 from zemoe.training import data, export, files, parallel, run, state
 from zemoe.training.settings import Settings, SettingsError, read
@@ -167,16 +167,16 @@ def dies_in(settings: Settings, module: str, name: str) -> None:
 
 def one_rank(rank: int, world: int, rendezvous: str, settings: Settings, resume: bool, last: int) -> None:
     """Train as one of several processes; the first is asked to stop so that step `last` is the last one."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
 
     def stop(record: dict[str, Any]) -> None:
         if (record["kind"], record["step"]) == ("train", last - 1):
             signal.raise_signal(signal.SIGTERM)
 
-    end = run.train(settings, resume=resume, listener=stop)
-    dist.destroy_process_group()
-    assert (end["reason"], end["step"]) == ("stopped", last)
+    def work() -> None:
+        end = run.train(settings, resume=resume, listener=stop)
+        assert (end["reason"], end["step"]) == ("stopped", last)
+
+    as_rank(rank, rendezvous, work, world=world)
 
 
 def _fail(error: Exception) -> Callable[..., None]:

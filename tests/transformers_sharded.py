@@ -5,6 +5,7 @@ Rank 0 writes logits and, under tensor parallelism, gradients of what every rank
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -51,8 +52,9 @@ def main(rank: str, port: str, checkpoint: str, result: str, plan: str) -> None:
         found["norm"] = whole(layer.post_attention_layernorm[0].weight.grad)
     if rank == "0":
         torch.save(found, result)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    gc.collect()  # as in ranks.as_rank
+    torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,7 +123,8 @@ def _device(name: str, number: int | None) -> torch.device:
 def ranks(run: RunSettings) -> Iterator[Ranks]:
     """The processes that torchrun started, or those of the process group that is there, or this one alone.
 
-    A group that is there must reduce CPU tensors too ("gloo", "cpu:gloo,cuda:nccl"); it is left as it was.
+    A group that is there must reduce CPU tensors too ("gloo", "cpu:gloo,cuda:nccl"); it is left as it was. A group
+    made here is left at the end, when nothing of the caller's may hold what `Ranks.wrap` returned.
 
     Raises:
         SettingsError: for a device that isn't there, on any of them.
@@ -150,4 +152,7 @@ def ranks(run: RunSettings) -> Iterator[Ranks]:
         kept = last_state(Path(run.out) / "states")
         raise RankError(f"another process of the run has failed or was killed; {kept}") from error
     if not there:  # after an error the others may still be waiting in a collective: then the process just ends
+        # DDP's reducer holds the group too. Were it the last to let go, with Python's lock, it would wait for a thread
+        # of gloo's that needs that lock to free a tensor: now and then a finished run would hang for ever.
+        gc.collect()
         dist.destroy_process_group()

@@ -73,11 +73,18 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
         ranks(settings.run) as processes,
         Files(Path(settings.run.out), writes=processes.first) as files,
     ):
-        prepared = prepare(settings, processes, files, resume=resume)
-        trainer = Trainer(settings, processes, files, prepared, listener)
-        compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
-        with stopping() as stop:  # not before: there is nothing to save, and a signal may end the process at once
-            return trainer.run(stop)
+        return _train(settings, processes, files, listener, resume=resume)
+
+
+def _train(
+    settings: Settings, processes: Ranks, files: Files, listener: Callable[[Record], None], *, resume: bool
+) -> Record:
+    """`train` between joining and leaving the other processes: `ranks` needs the model to be gone before they part."""
+    prepared = prepare(settings, processes, files, resume=resume)
+    trainer = Trainer(settings, processes, files, prepared, listener)
+    compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
+    with stopping() as stop:  # not before: there is nothing to save, and a signal may end the process at once
+        return trainer.run(stop)
 
 
 @dataclass
