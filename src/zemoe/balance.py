@@ -97,7 +97,7 @@ def slot_counts(
 
 def ffn_experts_per_token(counts_A: Tensor, num_experts: int, top_k: int) -> Tensor:
     """Scalar: mean number of FFN experts that a token chose, from slot counts of choices that were all counted."""
-    return counts_A[:num_experts].sum() * top_k / counts_A.sum()
+    return (counts_A[:num_experts].sum() * top_k).float() / counts_A.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -34,7 +34,7 @@ def new_router_rows(weight_EH: Tensor, count: int, generator: torch.Generator | 
         weight_EH: [E, H], a trained router's weight. generator: of the CPU; torch's global one by default.
     """
     rows_EH = weight_EH.detach().float().cpu()
-    noise = torch.randn(count, rows_EH.shape[1], generator=generator)
+    noise = torch.randn(count, rows_EH.shape[1], generator=generator, dtype=torch.float32)
     rows = rows_EH.mean(0) + rows_EH.std(0, correction=0) * noise
     return rows.to(dtype=weight_EH.dtype, device=weight_EH.device)
 

@@ -234,8 +234,9 @@ class Router(StaysFloat32):
         rows = config.num_experts + 1 if tied_null else config.num_slots
         self.classifier = nn.Linear(config.hidden_size, rows, bias=bias, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_slots, dtype=torch.float32))
-        self.residual = nn.Linear(config.num_slots, config.num_slots, bias=False) if gating_residual else None
-        if self.residual is not None:
+        self.residual: nn.Linear | None = None
+        if gating_residual:
+            self.residual = nn.Linear(config.num_slots, config.num_slots, bias=False, dtype=torch.float32)
             nn.init.zeros_(self.residual.weight)
         self.selector = Selector()
 

@@ -97,7 +97,7 @@ def add_by_loops(
         start = stop
         stop = int(places.searchsorted(places[start] + max(1, _PANELS // (2 * I))))
         groups = all_groups[start:stop]
-        both = torch.empty((2, I * lanes_of(groups)))
+        both = torch.empty((2, I * lanes_of(groups)), dtype=torch.float32)
         multiply(x, token, weight, groups, up, array(both), True)
         if preact_N2I is not None:
             rows_of_panels(array(both), groups, array(preact_N2I))
@@ -126,7 +126,7 @@ def add_few(
     wrong, token, weight = prepare(x, weights, ids, identities, num_slots, offsets, y)
     groups = group_rows(offsets, len(weight))
     if len(groups):
-        both = torch.empty((2, w2.shape[2] * lanes_of(groups)))
+        both = torch.empty((2, w2.shape[2] * lanes_of(groups)), dtype=torch.float32)
         panels = array(both)
         multiply(x, token, weight, groups, array(w13), panels, True)
         silu_panels(panels, groups)

@@ -70,10 +70,10 @@ def select_few(
     from .choices import select
     from .compiled import array
 
-    weights_TK = torch.empty((len(logits_TA), k))
+    weights_TK = torch.empty((len(logits_TA), k), dtype=torch.float32)
     ids_TK = torch.empty((len(logits_TA), k), dtype=torch.int64)
     logits_TA = logits_TA.contiguous()
-    bias = torch.zeros(1) if bias is None else bias.contiguous()
+    bias = torch.zeros(1, dtype=torch.float32) if bias is None else bias.contiguous()
     select(array(logits_TA), array(bias), dropped, renormalize, scaling, array(weights_TK), array(ids_TK))
     return weights_TK, ids_TK
 
