@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import traceback
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,29 @@ SETS = ["train.rows=2", "data.context=16", "run.log_every=1", "run.eval_every=2"
 TEXT = "In the morning the sea was still, and in the evening the wind came over it.\n" * 40
 PROMPT = "the sea"
 READERS = {"load_model": 10, "generate": 8, "start": 3, "dry_run": 2, "resume": 4, "report": 3}
+READERS |= {"moepp": 4, "zeda": 4, "toml": 3}
+TOML = """[model]
+hidden_size = 16
+num_layers = 2
+q_lora_rank = 8
+moe_topk = 3
+[data]
+context = 16
+heldout = 0.25
+[train]
+steps = 3
+learning_rate = 2e-3
+dtype = "float32"
+[run]
+save_every = 2
+[report]
+plots = false
+"""
 # What an error may name: a file of a folder or of the command line.
 NAMES = re.compile(
     r"config\.json|model[\w.-]*\.safetensors|index\.json|part[\w.-]*\.safetensors|tokenizer\.json|metrics\.jsonl|"
     r"settings\.json|state\.json|tensors-\d+\.safetensors|corpus\.safetensors|text\.txt|pytorch_model\.bin|/case\b|"
-    r"data\.\w+|train\.\w+|model\.\w+|run\.\w+"
+    r"data\.\w+|train\.\w+|model\.\w+|model: \w+ must|run\.\w+|settings\.toml|report\.\w+|--prompt"
 )
 
 # --------------------------------------------------------------------------------------------------------- good folders
@@ -50,9 +69,12 @@ def make_good_folders(base: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
+    import test_transformers_moepp as moepp
+    import test_transformers_zeda as zeda
     import zemoe.integrations.transformers as bridge
     from tiny_checkpoint import write_checkpoint, write_fp8
     from zemoe.cli import main
+    from zemoe.training import state
 
     torch.set_num_threads(1)
     plain = write_checkpoint(base / "plain")
@@ -71,7 +93,14 @@ def make_good_folders(base: Path) -> None:
         save_file({name: tensors[name] for name in names}, shards / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for name in ("moepp", "moepp-shards", "qwen", "glm"):
+        (base / name).mkdir()
+    moepp.written(base / "moepp")
+    moepp.written(base / "moepp-shards", shards=3)
+    zeda.written("qwen3_moe_plus_plus", base / "qwen")
+    zeda.written("glm4_moe_lite_plus_plus", base / "glm", "copy")
     (base / "text.txt").write_text(TEXT)
+    state._PART_BYTES = 20_000  # a state of several files
     # Of the run to resume: all but the last two steps are done. Its end is known from one that was never stopped.
     common = ["train", "--from", str(plain), "--data", str(base / "text.txt")]
     for name, steps in (("whole", 6), ("run", 4)):
@@ -85,18 +114,23 @@ def make_good_folders(base: Path) -> None:
 # --------------------------------------------------------------------------------------------------- what files do say
 
 
+def stored_tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
 def stock_logits(folder: Path, ids: list[int]) -> Any:
     """Logits [T, V] in float32 of transformers' own model, from config.json's numbers and the tensors as they are."""
     import torch
-    from safetensors.torch import load_file
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
     about = json.loads((folder / "config.json").read_text())
     own = set(LongcatFlashConfig.__annotations__) - {"architectures", "dtype"} | {"rope_scaling", "rope_theta"}
     config = LongcatFlashConfig(**{key: value for key, value in about.items() if key in own})
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    stored = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+    stored = stored_tensors(folder)
     block = (about.get("quantization_config") or {}).get("weight_block_size")
     found = {}
     for name, tensor in stored.items():
@@ -217,6 +251,76 @@ def read_dry_run(case: Path) -> tuple[int, str]:
     return main(["train", "--dry-run", "--from", str(case), "--data", str(case.parent / "text.txt"), "--json"]), ""
 
 
+def read_moepp(case: Path) -> tuple[int, str]:
+    import torch
+
+    from test_transformers_moepp import restated_model
+    from zemoe.integrations.transformers_moepp import load_moepp
+
+    try:
+        model: Any = load_moepp(case, dtype=torch.float32)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1, ""
+    ids = torch.tensor([5, 17, 3, 20, 11, 6]) % model.config.vocab_size
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    # What published code takes for an entry that is absent.
+    about = {"moe_use_mixtral_gating": False, "moe_2layer_gate": False, "moe_use_logits_norm": False}
+    about |= {"moe_feature_no_mul_topk": False, "moe_gate_norm_std": 1.0, "tie_word_embeddings": False}
+    about |= {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 2048}
+    about |= json.loads((case / "config.json").read_text())
+    wanted = restated_model(stored_tensors(case), about, ids)[0].float()
+    return 0, "" if close(logits, wanted) else "other logits than the files say"
+
+
+def read_zeda(case: Path) -> tuple[int, str]:
+    import torch
+    from safetensors.torch import load_file
+
+    import test_transformers_zeda as zeda
+    from zemoe.integrations.transformers_zeda import load_zeda
+
+    try:
+        model: Any = load_zeda(case, dtype=torch.float32)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1, ""
+    stored, loaded = load_file(case / "model.safetensors"), model.state_dict()
+    for name, tensor in stored.items():
+        if name in loaded and loaded[name].shape == tensor.shape and not close(loaded[name], tensor.float()):
+            return 0, f"{name} was loaded with other numbers"
+    x_TH = torch.randn(9, zeda.H, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model(torch.tensor([[5, 17, 3, 20]]) % model.config.vocab_size)
+        found = model.get_submodule(zeda.BLOCK)(x_TH[None])[0]
+    about = json.loads((case / "config.json").read_text())
+    usual = zeda.CONFIGS[about["model_type"]].to_dict() | {"use_zce_mask": False}
+    deciding = [key for key in usual if re.search("expert|topk|group|routed|score|hidden_act|zce", key)]
+    if any(about.get(key) != usual[key] for key in deciding):
+        return 0, ""  # another block than the restatement's
+    wanted = zeda.restated(about["model_type"], stored, x_TH, about["zce_types"][0]).float()
+    return 0, "" if close(found, wanted) else "the block gives other numbers than the files say"
+
+
+def read_toml(case: Path) -> tuple[int, str]:
+    from zemoe.cli import main
+
+    file = case / "settings.toml"
+    code = main(["train", "--dry-run", "--json", "--config", str(file), "--data", str(case.parent / "text.txt")])
+    sys.stdout.flush()
+    if code:
+        return code, ""
+    planned = json.loads(Path("stdout").read_text())["settings"]
+    for section, table in tomllib.loads(file.read_bytes().decode()).items():
+        for key, value in table.items():
+            if isinstance(planned[section][key], float):
+                value = float(value)
+            if planned[section][key] != value:
+                return code, f"{section}.{key} is {planned[section][key]!r}, the file says {value!r}"
+    return code, ""
+
+
 def read_resume(case: Path) -> tuple[int, str]:
     from safetensors.torch import load_file
 
@@ -226,8 +330,11 @@ def read_resume(case: Path) -> tuple[int, str]:
     last = case / "states" / "step-00000006"
     if code or not last.exists():
         return code, "" if code else "no state of the last step"
-    good = load_file(case.parent.parent / "base" / "whole" / "states" / last.name / "tensors-00001.safetensors")
-    found = load_file(last / "tensors-00001.safetensors")
+    whole = case.parent.parent / "base" / "whole" / "states" / last.name
+    good, found = (
+        {name: tensor for file in sorted(folder.glob("tensors-*")) for name, tensor in load_file(file).items()}
+        for folder in (whole, last)
+    )
     wrong = [name for name in good if name not in found or not found[name].equal(good[name])]
     return code, f"goes on with other numbers: {wrong[0]}" if wrong else ""
 
@@ -243,7 +350,7 @@ def read_report(case: Path) -> tuple[int, str]:
 
 def prepare(base: Path, folder: Path, seed: int, number: int) -> tuple[str, Path, str]:
     """The reader of a case, what it reads and what is wrong with that."""
-    from fuzz_mutations import mutate
+    from fuzz_mutations import mutate, mutate_safetensors
 
     draw = random.Random(f"{seed}/{number}")
     reader = draw.choices(list(READERS), list(READERS.values()))[0]
@@ -254,13 +361,25 @@ def prepare(base: Path, folder: Path, seed: int, number: int) -> tuple[str, Path
         shutil.copytree(base / source, case)
         names = ["settings.json", "tokenizer.json", "corpus.safetensors", "metrics.jsonl"]
         state = case / "states" / "step-00000004"
-        targets = [case / name for name in names] + [state / "state.json", state / "tensors-00001.safetensors"]
+        parts = sorted(state.glob("tensors-*"))
+        targets = [case / name for name in names] + [state / "state.json", draw.choice(parts)]
         target = case / "metrics.jsonl" if reader == "report" else draw.choice(targets)
+        if target in parts and draw.random() < 0.5:
+            for other in draw.sample(parts, draw.randint(1, len(parts))):
+                if other != target:
+                    mutate_safetensors(other, draw)
+    elif reader == "toml":
+        source = "toml"
+        case.mkdir()
+        target = case / "settings.toml"
+        target.write_text(TOML)
     else:
-        source = draw.choice(["plain", "plain", "shards", "packed", "tied", "fp8"])
+        of_others = {"moepp": ["moepp", "moepp-shards"], "zeda": ["qwen", "glm"]}
+        source = draw.choice(of_others.get(reader, ["plain", "plain", "shards", "packed", "tied", "fp8"]))
         shutil.copytree(base / source, case)
         weights = [path for path in case.iterdir() if path.suffix == ".safetensors" or "index" in path.name]
-        targets = [case / "config.json"] * 4 + sorted(weights) * 3 + [case / "tokenizer.json"] * 2
+        targets = [case / "config.json"] * (12 if reader in of_others else 4) + sorted(weights) * 3
+        targets += [case / "tokenizer.json"] * 2
         targets += [text] * (reader in ("start", "dry_run")) + [case / "generation_config.json"]
         target = draw.choice([path for path in targets if path.exists()])
     return reader, case, f"{source}: {mutate(target, draw)}"
@@ -306,7 +425,7 @@ def wrong_words(code: int, told: str, reader: str) -> str:
         return f"a traceback: {told}"
     if code == 0:
         return ""
-    begin = "" if reader == "load_model" else "zemoe: error: "
+    begin = "" if reader in ("load_model", "moepp", "zeda") else "zemoe: error: "
     if reader == "generate" and begin in told:  # what it had written by then goes there too
         told = told[told.index(begin) :]
     if code not in (1, 2):

@@ -218,6 +218,35 @@ def add_a_file(path: Path, draw: Draw) -> None:
         (folder / "model-extra.safetensors").write_bytes(b"\0" * 20)
 
 
+TOML_VALUES = [
+    "1979-05-27T07:32:00Z", "07:32:00", "nan", "-inf", "1e400", "0x7fffffffffffffff", "9" * 5000, "[]", "[[1], {}]",
+    "{ a = 1 }", '""', '"\\u0000"', '"\\u001b[31m"', "true", "-1", "0", "0.5", "1e-300", "2147483647", "1e30", "[1]",
+    "[" * 3000, "{a=" * 3000, '"' * 3, '"' + "x" * 5000 + '"', "1_000", "+5", "3.0", "10000000", '"float16"',
+]  # fmt: skip
+TOML_LINES = [
+    "[train]", "[[train]]", "[train.steps]", "train = 3", "[extra]", "[model]\nmodel.x = 1", '"\\u001b[2J" = 1', "= 3",
+    "[run]\nout = 'x'", "['\u202e']", "a.b.c.d = 1", "[" + "a." * 2000 + "b]", "# \x00", "\r", "['k']\nk.k = {}",
+]  # fmt: skip
+
+
+def mutate_toml(path: Path, draw: Draw) -> None:
+    lines = path.read_text().splitlines()
+    at, what = draw.randrange(len(lines)), draw.choice(["value", "value", "value", "line", "double", "rename", "text"])
+    key, equals, _ = lines[at].partition(" = ")
+    if what == "text":
+        path.write_bytes(damage_text(path.read_bytes(), draw))
+        return
+    if what == "value" and equals:
+        lines[at] = f"{key} = {draw.choice(TOML_VALUES)}"
+    elif what == "double":
+        lines.insert(draw.randrange(len(lines)), lines[at])
+    elif what == "rename":
+        lines[at] = draw.choice([key.upper(), key + "x", "x" * 3000, "layers"]) + lines[at][len(key) :]
+    else:
+        lines.insert(at, draw.choice(TOML_LINES))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def mutate_text(path: Path, draw: Draw) -> None:
     raw = path.read_bytes()
     at = draw.randrange(len(raw))
@@ -241,6 +270,8 @@ def mutate(path: Path, draw: Draw) -> str:
         fitting = mutate_json
     elif path.suffix == ".jsonl":
         fitting = mutate_lines
+    elif path.suffix == ".toml":
+        fitting = mutate_toml
     kind = draw.choices([fitting, replace_by_another_kind, replace_by_pickle, add_a_file], [12, 2, 1, 1])[0]
     kind(path, draw)
     return f"{kind.__name__} {path.name}"

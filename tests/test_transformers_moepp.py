@@ -432,6 +432,7 @@ def test_saved_in_either_layout_it_is_the_same_model(tmp_path):
         ({"moe_expert_interval": 2}, "moe_expert_interval must be 1 or absent .*, got 2"),
         ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers of 1000000000 is more than there are tensors"),
         ({"num_experts": [10**9]}, "config.json: num_experts of 1000000000 is more than there are tensors"),
+        ({"hidden_size": 32 * 10**9}, "config.json: Storage size calculation overflowed"),
         ({"vocab_size": 10**9}, "must be float .1000000000, 32., got"),
         ({"num_experts": 9}, "num_experts must be a list .*, got 9"),
         ({"num_experts": [4]}, "num_experts must be a list of integers, the first at least 5 .*, got \\[4\\]"),
@@ -464,6 +465,14 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, changes, words):
     with pytest.raises(CheckpointError, match=words) as refused:
         load_moepp(tmp_path)
     assert str(refused.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["id2label", "num_labels", "per_layer_config", "_attn_implementation"])
+def test_entries_that_are_no_part_of_the_architecture_are_left_out(tmp_path, key):
+    """transformers would use the first three before it looks at them, and take code by the last one's name."""
+    tensors = written(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {key: 0.5}))
+    assert torch.equal(load_moepp(tmp_path).state_dict()["model.norm.weight"], tensors["model.norm.weight"])
 
 
 EXPERTS = "model.layers.1.mlp.moe.experts.experts"

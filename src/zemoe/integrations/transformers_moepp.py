@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
@@ -31,6 +30,7 @@ from ..weight_files import (
     save_tensors,
 )
 from .transformers_moepp_model import ZERO_EXPERTS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
+from .transformers_values import WRONG_VALUE, of_the_architecture
 
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -112,13 +112,13 @@ def read_config(folder: str | Path) -> MoEPlusPlusConfig:
         rope |= {"rope_type": "default", "rope_theta": rope["rope_theta"] * scaling["factor"]}
     elif scaling["type"] != "default":
         rope["factor"] = float(scaling["factor"])
-    plain = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+    plain = {key: value for key, value in of_the_architecture(raw).items() if key not in _LEFT_OUT}
     for key in ("moe_gate_norm_std", "rms_norm_eps"):
         if key in plain:
             plain[key] = float(plain[key])
     try:
         return MoEPlusPlusConfig(**plain, rope_parameters=rope)
-    except (StrictDataclassError, TypeError, ValueError) as error:  # entries that transformers checks
+    except WRONG_VALUE as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
@@ -152,8 +152,11 @@ def _checked_tensors(folder: Path, config: MoEPlusPlusConfig) -> dict[str, Tenso
     for key, count in (("num_hidden_layers", config.num_hidden_layers), ("num_experts", config.num_experts[0])):
         if count > len(found):  # each has some of its own
             raise CheckpointError(f"{folder / 'config.json'}: {key} of {count} is more than there are tensors")
-    with torch.device("meta"), no_init_weights():
-        expected = published_tensors(MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32))
+    try:
+        with torch.device("meta"), no_init_weights():
+            expected = published_tensors(MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32))
+    except WRONG_VALUE as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     for name, place in expected.items():
         shape = list(place.shape)
         if name not in found:

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..retrofit import ZeroExpertBlock
 from ..weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
 from .transformers_fp8 import make_head, place, tie_if_equal
 from .transformers_retrofit import retrofit_
+from .transformers_values import WRONG_VALUE, of_the_architecture
 
 BASES = {"qwen3_moe_plus_plus": "qwen3_moe", "glm4_moe_lite_plus_plus": "glm4_moe_lite"}
 _KEYS = ("zce_nums", "zce_types", "use_zce_mask", "architectures", "auto_map", "model_type", "transformers_version")
-
-_LEFT_OUT = ("num_labels", "id2label", "label2id", "attn_implementation", "experts_implementation", "per_layer_config")
 
 
 def _zero_experts(config: Mapping[str, Any], source: Path) -> tuple[str, int]:
@@ -36,35 +35,39 @@ def _zero_experts(config: Mapping[str, Any], source: Path) -> tuple[str, int]:
     numbers, kinds = config.get("zce_nums"), config.get("zce_types")
     if not isinstance(numbers, list) or not isinstance(kinds, list) or len(numbers) != len(kinds) or not kinds:
         raise CheckpointError(f"{source}: zce_nums and zce_types must be lists of one length, got {numbers}, {kinds}")
-    if len(set(kinds)) != 1 or kinds[0] not in ("zero", "copy"):
+    if kinds[0] not in ("zero", "copy") or any(kind != kinds[0] for kind in kinds):
         raise CheckpointError(f"{source}: zce_types must all be 'zero' or all 'copy', got {kinds}")
     if any(type(number) is not int or number < 1 for number in numbers):
         raise CheckpointError(f"{source}: zce_nums must be integers >= 1, got {numbers}")
     return kinds[0], sum(numbers)
 
 
-# What transformers raises for a value of the wrong type, in its own check or its arithmetic.
-_WRONG_VALUE = (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
-
-
 def _base_config(config: Mapping[str, Any], source: Path) -> Any:
-    """The base model's config, without what is no part of the architecture but would take memory or choose code."""
-    plain = {name: value for name, value in config.items() if name not in (*_KEYS, *_LEFT_OUT) and name[:1] != "_"}
+    """The base model's config."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+        if kind not in ["default", *ROPE_INIT_FUNCTIONS]:  # of another, transformers complains in lines of its own
+            raise CheckpointError(f"{source}: {key} must be an object with a rope_type of transformers, got {rope!r}")
+    plain = {name: value for name, value in of_the_architecture(config).items() if name not in _KEYS}
     try:
         return CONFIG_MAPPING[BASES[config["model_type"]]](**plain)
-    except _WRONG_VALUE as error:
+    except WRONG_VALUE as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
 def _check_sizes(base: Any, num_zero_experts: int, found: Mapping[str, TensorInfo], source: Path) -> None:
     """CheckpointError before memory is taken for more than the files hold."""
     for key in ("num_hidden_layers", "num_experts", "n_routed_experts"):
-        if getattr(base, key, 0) > len(found):  # each has some of its own
-            raise CheckpointError(f"{source}: {key} of {getattr(base, key)} is more than there are tensors")
+        count = getattr(base, key, 0)
+        if type(count) is not int:
+            raise CheckpointError(f"{source}: {key} must be a whole number, got {count!r}")
+        if count > len(found):  # each has some of its own
+            raise CheckpointError(f"{source}: {key} of {count} is more than there are tensors")
     try:
         with torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(base)
-    except _WRONG_VALUE as error:
+    except WRONG_VALUE as error:
         raise CheckpointError(f"{source}: {error}") from error
     there = sum(math.prod(info.shape) for info in found.values())
     asked = sum(parameter.numel() for parameter in model.parameters()) + num_zero_experts * base.hidden_size
@@ -88,7 +91,7 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     folder = Path(folder)
     source = folder / "config.json"
     config = load_json(source)
-    if config.get("model_type") not in BASES:
+    if config.get("model_type") not in list(BASES):
         raise CheckpointError(f"{source}: model_type must be one of {sorted(BASES)}, got {config.get('model_type')!r}")
     kind, count = _zero_experts(config, source)
     base, found = _base_config(config, source), read_tensors(folder)
@@ -96,7 +99,10 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     wanted = base.dtype or torch.float32 if dtype == "auto" else dtype
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(base, dtype=wanted)
-    blocks = retrofit_(model, count, zero_expert_type=kind)
+    try:
+        blocks = retrofit_(model, count, zero_expert_type=kind)
+    except ValueError as error:  # no layer has experts
+        raise CheckpointError(f"{source}: {error}") from error
     make_head(model, on_disk="lm_head.weight" in found)
     expected = _expected_shapes(model, blocks)
     for name, shape in expected.items():
