@@ -19,6 +19,7 @@ from zemoe import AffineParams, fused_experts, reference, select_experts
 
 INF, NAN = float("inf"), float("nan")
 LAYOUTS = ("contiguous", "contiguous", "rows apart", "columns apart", "transposed", "one row", "one column")
+PAIRS_LAYOUTS = LAYOUTS[1:5]  # a token's choices differ from another's
 SLACK = 6.0  # of `judge`: results of two numbers have errors by luck, and what is wrong is wrong by far
 LEAVES = ("x", "w13", "w2", "weights", "constant_router", "constant_value", "scale")
 
@@ -71,8 +72,7 @@ class Layer:
     odd: bool
 
     def ids_layout(self, values: Tensor) -> Laid:
-        one = self.pairs_layout.startswith("one")  # a token's choices differ from another's
-        return Laid(values, "contiguous" if one else self.pairs_layout)
+        return Laid(values, self.pairs_layout)
 
 
 def _kinds(rng: random.Random, least: int) -> tuple[tuple[str, int], ...]:
@@ -161,7 +161,7 @@ def draw(rng: random.Random, dtypes: tuple[torch.dtype, ...]) -> Layer:
         logits=_laid(rng, logits),
         skipped_TK=torch.rand(T, K, generator=generator) < skips,
         params=params,
-        pairs_layout=rng.choice(LAYOUTS),
+        pairs_layout=rng.choice(PAIRS_LAYOUTS),
         odd=odd,
     )
 

@@ -371,3 +371,14 @@ def test_shapes_on_the_meta_device() -> None:
     kinds = (("constant", 2), ("identity", 2))
     config = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=6, top_k=3, zero_expert_kinds=kinds)
     assert MoE(config).to("meta")(torch.empty(2, 5, 16, device="meta")).shape == (2, 5, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_shared_experts_have_the_dtype_of_the_others(dtype) -> None:
+    """As the layer has that is cast after it was made: its own tokens are what it takes."""
+    options = {"shared_intermediate_size": 6, "shared_gated": True}
+    layer, cast = block(dtype, options), block(None, options).to(dtype)
+    assert all(parameter.dtype == dtype for parameter in layer.shared_experts.parameters())
+    cast.load_state_dict(layer.state_dict())
+    x = tokens(dtype=dtype)
+    assert torch.equal(layer(x), cast(x))

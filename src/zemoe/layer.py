@@ -48,16 +48,23 @@ class SharedExperts(nn.Module):
 
     Args:
         hidden_size: H. intermediate_size: its width. activation: as in MoEConfig. gated: add the sigmoid gate.
+        dtype: of the weights.
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, activation: str = "silu", *, gated: bool = False
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        *,
+        gated: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.activation = moe_activation(activation)
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.gate = nn.Linear(hidden_size, 1, bias=False) if gated else None
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False, dtype=dtype)
+        self.gate = nn.Linear(hidden_size, 1, bias=False, dtype=dtype) if gated else None
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """[T, H] to [T, H]."""
@@ -73,8 +80,8 @@ class MoE(StaysFloat32):
         config: MoEConfig.
         router_bias, tied_null, gating_residual, logit_norm: see zemoe.routing.Router.
         shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
-        dtype: of the expert weights; the router, its selection bias and the affine parameters are float32, and stay so
-            under `.to(torch.bfloat16)`, `.half()` and `.double()`.
+        dtype: of the expert weights, shared ones too; the router, its selection bias and the affine parameters are
+            float32, and stay so under `.to(torch.bfloat16)`, `.half()` and `.double()`.
         backend: a name in zemoe.experts.BACKENDS, or None for the first that works where the input is.
 
     Parameters: `w13 [E, 2I, H]`, `w2 [E, H, I]`, `router.classifier.weight`, and where there are experts of that kind
@@ -119,7 +126,7 @@ class MoE(StaysFloat32):
         self.constant_value = nn.Parameter(torch.empty(C, H, dtype=torch.float32)) if C else None
         self.scale = nn.Parameter(torch.ones(S, dtype=torch.float32)) if S else None
         self.shared_experts = (
-            SharedExperts(H, shared_intermediate_size, config.activation, gated=shared_gated)
+            SharedExperts(H, shared_intermediate_size, config.activation, gated=shared_gated, dtype=dtype)
             if shared_intermediate_size
             else None
         )

@@ -161,7 +161,11 @@ def select_experts(
 
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
-    """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast."""
+    """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast.
+
+    A `backward()` inside of autocast, which torch advises against, rounds this product's gradients to autocast's dtype
+    on devices without our kernel, as it does those of every torch product that was made outside of autocast.
+    """
     if x_TH.dtype in ops_triton.DTYPES and weight_RH.dtype == torch.float32 and ops_triton.can_run(x_TH):
         return ops_triton_routing.router_logits(x_TH, weight_RH)
     with ops.without_autocast(x_TH.device):
