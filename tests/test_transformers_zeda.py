@@ -161,7 +161,7 @@ def test_bfloat16_by_config(tmp_path):
         ({"zce_types": ["constant", "constant"]}, "must all be 'zero' or all 'copy'"),
         ({"zce_types": ["zero"]}, "lists of one length"),
         ({"zce_types": [["zero"], ["zero"]]}, "must all be 'zero' or all 'copy'"),
-        ({"num_experts": "6"}, "config.json: .*num_experts"),
+        ({"num_local_experts": "x"}, "config.json: num_experts must be a whole number, got .x."),
         ({"mlp_only_layers": [0, 1]}, "config.json: model must have mixture-of-experts blocks"),
         ({"model_type": ["qwen3_moe"]}, "model_type must be one of"),
         ({"rope_parameters": {"rope_type": {}}}, "rope_parameters must be an object with a rope_type of transformers"),
