@@ -133,12 +133,22 @@ def _open_streams() -> None:
         raise SystemExit(1)
 
 
+def _check_working_folder() -> None:
+    """SystemExit if it was deleted: there MKL ends the process with a line about files that are all right."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _complain("the working folder was deleted; change to one that is there")
+        raise SystemExit(1) from None
+
+
 def main() -> int:
     """Run the command line of this process; the exit code."""
     signals = _Signals()
     code = 1
     try:
         _open_streams()
+        _check_working_folder()
         from zemoe import cli
 
         cli.app()  # what it imports; from here on there may be something to tidy up

@@ -229,6 +229,12 @@ def test_folders_that_cannot_be_written(tmp_path):
         tmp_path.chmod(0o755)
 
 
+def test_a_working_folder_that_was_deleted(tmp_path):
+    done = in_shell(f'mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; "$@" generate')
+    told = "zemoe: error: the working folder was deleted; change to one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+
+
 def test_no_home(tmp_path):
     env = {key: value for key, value in environment().items() if key not in ("HOME", "XDG_CACHE_HOME")}
     command = [*PROGRAM, "generate", "--max-new-tokens", "2"]
