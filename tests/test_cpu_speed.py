@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from judge import one_thread
 from zemoe.experts import fused_experts
-from zemoe.kernels import cpu, products
+from zemoe.kernels.cpu import experts as cpu_experts
+from zemoe.kernels.cpu import products
 from zemoe.measure import Ceilings, cpu_ceilings, interleaved, moe_floor
 from zemoe.plan import make_plan
 from zemoe.routing import select_experts
@@ -116,7 +117,7 @@ class TestPlanTime:
     def test_plan_around_the_narrow_integer(self, num_experts):
         """Ids at the edges of the 16-bit integers that a plan sorts."""
         ids = torch.tensor([[num_experts - 1, num_experts, -1], [0, 2**40, num_experts - 1]])
-        row_token, slot_row, offsets = cpu.make_plan(ids, num_experts)
+        row_token, slot_row, offsets = cpu_experts.make_plan(ids, num_experts)
         assert row_token.tolist() == [1, 0, 1, 0, 0, 0]
         assert slot_row.tolist() == [[1, -1, -1], [0, -1, 2]]
         assert offsets.shape == (num_experts + 1,)
@@ -133,17 +134,17 @@ class TestFromIds:
         x, w13, w2 = (torch.randn(s, generator=generator) for s in ((T, 256), (5, 2 * width, 256), (5, 256, width)))
         ids = torch.randint(-1, 9, (T, 12), generator=generator)  # skipped, five FFN experts, four others
         weights, alpha = torch.rand(T, 12, generator=generator), torch.rand(T, generator=generator)
-        plan = cpu.make_plan(ids, 5)
-        wanted, _ = cpu.forward(x, weights, *plan, w13, w2, alpha, None, None, "silu", True)
-        got = cpu.forward_from_ids(x, weights, ids, w13, w2, alpha, None, None, 9, "silu")
+        plan = cpu_experts.make_plan(ids, 5)
+        wanted, _ = cpu_experts.forward(x, weights, *plan, w13, w2, alpha, None, None, "silu", True)
+        got = cpu_experts.forward_from_ids(x, weights, ids, w13, w2, alpha, None, None, 9, "silu")
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
 
     @pytest.mark.parametrize("T", [0, 1, 8, 9])
     def test_rows_by_expert(self, T):
         """Lists and tensors give the same rows, of FFN experts only, in the order of a stable sort."""
         ids = torch.randint(-1, 9, (T, 12), generator=torch.Generator().manual_seed(0))
-        choices, experts = cpu._choices_by_expert(ids, 5, 9)
-        assert len(choices) >= sum(M for _, _, M in experts) + cpu._MOST_PADDING
+        choices, experts = cpu_experts._choices_by_expert(ids, 5, 9)
+        assert len(choices) >= sum(M for _, _, M in experts) + cpu_experts._MOST_PADDING
         found = [(e, choices[start : start + M].tolist()) for e, start, M in experts]
         flat = ids.flatten().tolist()
         wanted = [(e, [n for n, other in enumerate(flat) if other == e]) for e in range(5)]
@@ -155,7 +156,7 @@ class TestFromIds:
         ids = torch.zeros(T, 12, dtype=torch.int64)
         ids[-1, -1] = wrong
         with pytest.raises(ValueError, match=rf"topk_ids must be 0..8, or -1 to skip a choice; got {wrong}"):
-            cpu._choices_by_expert(ids, 5, 9)
+            cpu_experts._choices_by_expert(ids, 5, 9)
 
     def test_a_single_token_takes_few_operators(self):
         """What one token costs beside its products is the number of small operators."""

@@ -17,7 +17,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core.registry import cpu_target
 
-from zemoe.kernels import choices, loops
+from zemoe.kernels.cpu import choices, loops
 
 CPU: Any = cpu_target
 MULTIPLY: Any = loops._multiply

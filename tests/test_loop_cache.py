@@ -18,9 +18,9 @@ import llvmlite
 import numba
 from numba.core import event
 
-from zemoe.kernels import loop_cache
-from zemoe.kernels.choices import sort_choices
-from zemoe.kernels.compiled import array, compiled
+from zemoe.kernels.cpu import loop_cache
+from zemoe.kernels.cpu.choices import sort_choices
+from zemoe.kernels.cpu.compiled import array, compiled
 
 SORT: Any = sort_choices
 IDS = torch.tensor([2, 0, -1, 2, 1, 5])
@@ -121,8 +121,8 @@ def test_of_another_source(folder: Path, count: Callable[[], int], monkeypatch: 
 def test_of_another_cpu(folder: Path, count: Callable[[], int]):
     """A folder that two machines share: each finds its own."""
     assert count() == 1
-    program = "import numpy as np; from zemoe.kernels.choices import sort_choices as sort; ids = np.zeros(6, np.int64)"
-    program += "; sort(ids, -1, ids, ids.copy())"
+    program = "import numpy as np; from zemoe.kernels.cpu.choices import sort_choices"
+    program += "; ids = np.zeros(6, np.int64); sort_choices(ids, -1, ids, ids.copy())"
     other = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     assert not subprocess.run([sys.executable, "-c", program], env=other, check=False).returncode
     assert len(list(folder.iterdir())) == 2

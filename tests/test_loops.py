@@ -15,7 +15,9 @@ import torch
 
 from judge import CASES, Case, assert_bitwise, judge, only_zero_experts
 from zemoe import fused_experts, ops
-from zemoe.kernels import cpu, products, topk
+from zemoe.kernels import topk
+from zemoe.kernels.cpu import experts as cpu_experts
+from zemoe.kernels.cpu import products
 from zemoe.routing import select_experts
 
 pytest.importorskip("numba")
@@ -178,14 +180,14 @@ def test_inputs_not_in_one_piece(layout: str) -> None:
 @pytest.mark.parametrize(("num_slots", "wrong"), [(9, -2), (9, 9), (-1, -7)])
 def test_choices_by_expert(num_slots: int, wrong: int) -> None:
     ids = torch.randint(-1, 9, (50, 12), generator=torch.Generator().manual_seed(0))
-    choices, offsets = cpu._choices_by_loop(ids, 5, num_slots)
+    choices, offsets = cpu_experts._choices_by_loop(ids, 5, num_slots)
     flat = ids.flatten()
     assert offsets.tolist() == [0, *torch.stack([flat == e for e in range(5)]).sum(1).cumsum(0).tolist()]
     for e in range(5):
         assert choices[offsets[e] : offsets[e + 1]].tolist() == (flat == e).nonzero().view(-1).tolist()
     ids[40, 3] = wrong
     with pytest.raises(ValueError, match=f"topk_ids must be .*; got {wrong}"):
-        cpu._choices_by_loop(ids, 5, num_slots)
+        cpu_experts._choices_by_loop(ids, 5, num_slots)
 
 
 def test_a_lost_token_of_identities_alone() -> None:

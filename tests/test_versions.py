@@ -97,7 +97,7 @@ def test_one_warning_names_the_range():
 
 MEETS = {
     "torch": "import zemoe",
-    "numba": "import zemoe.kernels.compiled",
+    "numba": "import zemoe.kernels.cpu.compiled",
     "triton": "import zemoe.kernels.triton.launch",
     "transformers": "import zemoe.integrations.transformers",
     "transformers, MoE++": "import zemoe.integrations.transformers_moepp",

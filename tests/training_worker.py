@@ -238,7 +238,7 @@ def _trainers() -> list[run.Trainer]:
 def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that has imported everything, and computed nothing, when it begins."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["zemoe.training.run", "zemoe.kernels.choices"])
+    context.set_forkserver_preload(["zemoe.training.run", "zemoe.kernels.cpu.choices"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels import cpu, grouped, topk
+from .kernels import grouped, topk
 from .kernels.activations import ACTIVATIONS
+from .kernels.cpu import experts as cpu_experts
 from .versions import warn_if_untested
 
 warn_if_untested("torch", torch.__version__)
@@ -137,8 +138,8 @@ implement("plan", "CompositeExplicitAutograd", grouped.plan)  # any device but t
 
 
 def _plan_cpu(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    cpu.check_ids(topk_ids, num_slots)
-    return cpu.make_plan(topk_ids, num_experts)
+    cpu_experts.check_ids(topk_ids, num_slots)
+    return cpu_experts.make_plan(topk_ids, num_experts)
 
 
 implement("plan", "CPU", _plan_cpu)
@@ -172,8 +173,8 @@ define(
     "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, Tensor preact, str activation, bool[7] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-implement("moe_ffn", "CPU", cpu.forward)
-implement("moe_ffn_backward", "CPU", cpu.backward)
+implement("moe_ffn", "CPU", cpu_experts.forward)
+implement("moe_ffn_backward", "CPU", cpu_experts.backward)
 
 
 @torch.library.register_fake("zemoe::moe_ffn")
@@ -268,7 +269,7 @@ define(
     "Tensor? value, int num_slots, str activation) -> Tensor",
     vmap=False,
 )
-implement("moe_ffn_from_ids", "CPU", cpu.forward_from_ids)
+implement("moe_ffn_from_ids", "CPU", cpu_experts.forward_from_ids)
 
 
 @torch.library.register_fake("zemoe::moe_ffn_from_ids")
@@ -301,8 +302,8 @@ define(
     "-> Tensor",
     vmap=False,
 )
-implement("moe_ffn_few", "CPU", cpu.forward_few)
-takes_few = cpu.takes_few
+implement("moe_ffn_few", "CPU", cpu_experts.forward_few)
+takes_few = cpu_experts.takes_few
 
 
 @torch.library.register_fake("zemoe::moe_ffn_few")

@@ -35,8 +35,8 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 
 def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     """[T, k] int64 ids by a compiled loop; for the host, where numba is installed. float32."""
-    from .choices import largest, largest_by_threads
-    from .compiled import array
+    from .cpu.choices import largest, largest_by_threads
+    from .cpu.compiled import array
 
     T, A = choice_TA.shape
     ids_TK = torch.empty((T, k), dtype=torch.int64)
@@ -67,8 +67,8 @@ def select_few(
     logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(weights [T, k] float32, ids [T, k] int64): all of selecting by softmax in one loop; see `choices.select`."""
-    from .choices import select
-    from .compiled import array
+    from .cpu.choices import select
+    from .cpu.compiled import array
 
     weights_TK = torch.empty((len(logits_TA), k), dtype=torch.float32)
     ids_TK = torch.empty((len(logits_TA), k), dtype=torch.int64)

@@ -19,7 +19,7 @@ import torch
 from numba.core import config, event
 from torch import Tensor
 
-from ..versions import warn_if_untested
+from ...versions import warn_if_untested
 from .loop_cache import LoopCache
 
 warn_if_untested("numba", numba.__version__)

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
 from .products import (
     FAST_BFLOAT16,
     add_by_loops,

@@ -11,8 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .topk import HAS_NUMBA
+from ..activations import ACTIVATIONS
+from ..topk import HAS_NUMBA
 
 _SMALL_WEIGHT = 2**17  # elements; such a weight is multiplied in less time than oneDNN needs to start
 _SMALL_WEIGHT_ROWS = 64
