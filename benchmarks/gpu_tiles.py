@@ -21,7 +21,7 @@ import torch
 import triton
 
 from zemoe.kernels.triton.coefficients import IDENTITY
-from zemoe.kernels.triton.forward import down, gate_up
+from zemoe.kernels.triton.moe_ffn import down, gate_up
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product, rows_per_tile, schedule
 

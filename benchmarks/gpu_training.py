@@ -32,9 +32,9 @@ from torch.profiler import ProfilerActivity, profile
 from zemoe import MoE, fused_experts
 from zemoe.bench_layer import build, load_cases, shares, steer
 from zemoe.kernels.triton import launch
-from zemoe.kernels.triton.backward import grad_preact, grad_rows, row_weights
-from zemoe.kernels.triton.forward import gate_up
 from zemoe.kernels.triton.grad_weight import grad_weight
+from zemoe.kernels.triton.moe_ffn import gate_up
+from zemoe.kernels.triton.moe_ffn_backward import grad_preact, grad_rows, row_weights
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product, backward_schedule, schedule, training_rows_per_tile
 from zemoe.ops_triton import moe_ffn_tiles_train

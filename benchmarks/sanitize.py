@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from zemoe.kernels.triton.backward import moe_ffn_backward
 from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
-from zemoe.kernels.triton.forward import moe_ffn
+from zemoe.kernels.triton.moe_ffn import moe_ffn
+from zemoe.kernels.triton.moe_ffn_backward import moe_ffn_backward
 from zemoe.kernels.triton.plan import prepare
-from zemoe.kernels.triton.route import select_experts
-from zemoe.kernels.triton.route_grad import bfloat16_parts, grad_logits
-from zemoe.kernels.triton.router import Way, router_logits
+from zemoe.kernels.triton.router_logits import Way, router_logits
+from zemoe.kernels.triton.select_experts import select_experts
+from zemoe.kernels.triton.select_experts_backward import bfloat16_parts, grad_logits
 from zemoe.kernels.triton.tiles import backward_schedule, schedule
 
 NAN, INF = float("nan"), float("inf")

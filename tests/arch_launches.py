@@ -23,21 +23,30 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zemoe.kernels.triton import (
-    backward,
     combine,
-    forward,
     gpus,
     grad_weight,
+    moe_ffn,
+    moe_ffn_backward,
     plan,
-    route,
-    route_grad,
-    router,
+    router_logits,
+    select_experts,
+    select_experts_backward,
     tiles,
 )
 from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.launch import _MOST_TOKENS
 
-MODULES = (backward, combine, forward, grad_weight, plan, route, route_grad, router)
+MODULES = (
+    moe_ffn_backward,
+    combine,
+    moe_ffn,
+    grad_weight,
+    plan,
+    select_experts,
+    select_experts_backward,
+    router_logits,
+)
 KINDS = ((CONSTANT, 2), (IDENTITY, 3), (SCALED, 1), (ZERO, 1))
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
 RENORMALIZE = ("none", "all", "real", "nonnull")
@@ -135,11 +144,11 @@ def layer(shape: Shape, T: int, dtype: torch.dtype, activation: str, *, trained:
     preact = empty(N, 2 * I, dtype=dtype) if trained else None
     if trained:
         how = replace(how, slices=tiles.training_slices(N, H))
-    forward.moe_ffn(x, empty(T, K), *planned, w13, w2, affine, activation, how, preact)
+    moe_ffn.moe_ffn(x, empty(T, K), *planned, w13, w2, affine, activation, how, preact)
     if preact is None:
         return
     for into in ((None, None), (empty(E, 2 * I, H), empty(E, H, I))):
-        backward.moe_ffn_backward(
+        moe_ffn_backward.moe_ffn_backward(
             empty(T, H, dtype=dtype), x, empty(T, K), *planned[:3], planned[3][-1], w13, w2, alpha, preact, activation,
             (True,) * 5, tiles.backward_schedule(block_m, w13, w2), into, overwrite=True,
         )  # fmt: skip
@@ -149,14 +158,14 @@ def routing(shape: Shape, T: int, dtype: torch.dtype, scoring: str, renormalize:
     """Launch what a layer's router launches, forward and backward."""
     A, constants = shape.E + shape.Z, 4 if shape.Z >= 7 else 0
     x, weight = empty(T, shape.H, dtype=dtype), empty(A + constants, shape.H)
-    router.router_logits(x, weight)
+    router_logits.router_logits(x, weight)
     logits, nulls = empty(T, A), ((A - 1, A),) if shape.Z else ()
     rules = {"num_experts": shape.E, "scoring": scoring, "renormalize": renormalize, "null_ranges": nulls}
     limit = {"num_expert_group": groups, "topk_group": None if groups is None else max(groups // 2, 1)}
-    _, ids = route.select_experts(logits, shape.K, bias=empty(A), **rules, **limit)
-    route_grad.grad_logits(empty(T, shape.K), logits, ids, scaling=1.0, **rules)
-    route_grad.bfloat16_parts(logits, low=1, beside=True)
-    route_grad.bfloat16_parts(weight, low=2, beside=False)
+    _, ids = select_experts.select_experts(logits, shape.K, bias=empty(A), **rules, **limit)
+    select_experts_backward.grad_logits(empty(T, shape.K), logits, ids, scaling=1.0, **rules)
+    select_experts_backward.bfloat16_parts(logits, low=1, beside=True)
+    select_experts_backward.bfloat16_parts(weight, low=2, beside=False)
 
 
 # Kernels with products, whose tiles fill the shared memory; of the others the largest and the smallest tile will do.

@@ -100,7 +100,7 @@ def test_another_makers_gpu_is_refused(monkeypatch) -> None:
 
 def test_the_router_has_narrower_tiles_where_products_work_in_tensor_memory() -> None:
     pytest.importorskip("triton")
-    from zemoe.kernels.triton.router import choose_way
+    from zemoe.kernels.triton.router_logits import choose_way
 
     for dtype in (torch.bfloat16, torch.float16):
         wide, narrow = (choose_way(16384, 768, 6144, dtype, True, wide) for wide in (True, False))

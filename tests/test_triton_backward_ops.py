@@ -25,10 +25,10 @@ from triton_training import (  # noqa: F401
     upstream,
 )
 from zemoe.kernels.triton import tiles
-from zemoe.kernels.triton.backward import grad_preact, grad_rows, moe_ffn_backward, row_weights
 from zemoe.kernels.triton.combine import grad_tokens
-from zemoe.kernels.triton.forward import gate_up, moe_ffn
 from zemoe.kernels.triton.grad_weight import grad_weight
+from zemoe.kernels.triton.moe_ffn import gate_up, moe_ffn
+from zemoe.kernels.triton.moe_ffn_backward import grad_preact, grad_rows, moe_ffn_backward, row_weights
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product
 

@@ -15,7 +15,7 @@ from judge import BY_NAME, CASES, Case, assert_bitwise, judge, rejects
 pytest.importorskip("triton")
 from zemoe.affine import kernel_kinds
 from zemoe.config import expand_kinds
-from zemoe.kernels.triton.forward import moe_ffn
+from zemoe.kernels.triton.moe_ffn import moe_ffn
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product, Schedule
 

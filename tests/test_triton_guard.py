@@ -23,10 +23,10 @@ pytest.importorskip("triton")
 from zemoe.affine import AffineParams, kernel_kinds
 from zemoe.config import expand_kinds
 from zemoe.kernels.triton.combine import combine
-from zemoe.kernels.triton.forward import down, gate_up, moe_ffn, one_token
+from zemoe.kernels.triton.moe_ffn import down, gate_up, moe_ffn, one_token
 from zemoe.kernels.triton.plan import prepare
-from zemoe.kernels.triton.route import select_experts
-from zemoe.kernels.triton.router import Way, router_logits
+from zemoe.kernels.triton.router_logits import Way, router_logits
+from zemoe.kernels.triton.select_experts import select_experts
 from zemoe.kernels.triton.tiles import schedule
 
 pytestmark = [

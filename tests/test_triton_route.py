@@ -8,7 +8,7 @@ import torch
 import zemoe
 from judge import assert_bitwise, check_selection, judge
 from zemoe import reference
-from zemoe.kernels.triton.route import select_experts
+from zemoe.kernels.triton.select_experts import select_experts
 
 pytestmark = [
     pytest.mark.triton,

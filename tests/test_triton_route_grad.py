@@ -16,7 +16,7 @@ from zemoe.routing import router_logits
 pytest.importorskip("triton")
 from test_triton_guard import Fence, same_in_both
 from zemoe import ops_triton, ops_triton_routing
-from zemoe.kernels.triton.route_grad import bfloat16_parts, grad_logits
+from zemoe.kernels.triton.select_experts_backward import bfloat16_parts, grad_logits
 
 pytestmark = [
     pytest.mark.triton,

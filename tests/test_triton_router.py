@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zemoe.kernels.triton import router
-from zemoe.kernels.triton.router import Way, choose_way, router_logits
+from zemoe.kernels.triton import router_logits as module
+from zemoe.kernels.triton.router_logits import Way, choose_way, router_logits
 
 pytestmark = [
     pytest.mark.triton,
@@ -196,8 +196,8 @@ def test_rows_that_overlap_take_no_descriptor(device, monkeypatch):
         asked.append(large_tiles)
         return DIRECT
 
-    monkeypatch.setattr(router, "choose_way", choose)
-    monkeypatch.setattr(router, "gpu_of", lambda _: SimpleNamespace(takes_large_tiles=True, tensor_memory=False))
+    monkeypatch.setattr(module, "choose_way", choose)
+    monkeypatch.setattr(module, "gpu_of", lambda _: SimpleNamespace(takes_large_tiles=True, tensor_memory=False))
     x_TH, weight_RH = _inputs(1, 24, 32, torch.float16, device)
     together = router_logits(x_TH.expand(40, -1), weight_RH)
     assert torch.equal(together, router_logits(x_TH.repeat(40, 1), weight_RH))

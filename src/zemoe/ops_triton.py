@@ -172,7 +172,7 @@ define(
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
-    from .kernels.triton.forward import moe_ffn
+    from .kernels.triton.moe_ffn import moe_ffn
 
     T, K = slot_row.shape
     how = tile_sizes.schedule(block_m, T, K, w13, w2)
@@ -227,7 +227,7 @@ def _moe_ffn_tiles_train_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
     activation, save_preact,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from .kernels.triton.forward import moe_ffn
+    from .kernels.triton.moe_ffn import moe_ffn
 
     T, K = slot_row.shape
     how = tile_sizes.schedule(block_m, T, K, w13, w2)
@@ -251,7 +251,7 @@ def _gradients(
     grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
     needs, main_w13=None, main_w2=None, overwrite=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from .kernels.triton.backward import moe_ffn_backward
+    from .kernels.triton.moe_ffn_backward import moe_ffn_backward
 
     plan = row_token, slot_row, offsets, tiles[-1]
     how = tile_sizes.backward_schedule(block_m, w13, w2)

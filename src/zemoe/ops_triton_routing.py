@@ -24,7 +24,7 @@ define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 @implements("router_logits")
 def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
-    from .kernels.triton.router import router_logits
+    from .kernels.triton.router_logits import router_logits
 
     return router_logits(with_rows(x), with_rows(weight))
 
@@ -45,7 +45,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 @implements("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
-    from .kernels.triton.route_grad import bfloat16_parts
+    from .kernels.triton.select_experts_backward import bfloat16_parts
 
     R = weight.shape[0]
     grad_T3R = bfloat16_parts(with_rows(grad), low=1, beside=True)
@@ -110,7 +110,7 @@ define(
 def _select_experts_cuda(
     logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.triton.route import select_experts
+    from .kernels.triton.select_experts import select_experts
 
     return select_experts(
         logits,
@@ -142,7 +142,7 @@ define(
 
 @implements("select_experts_backward")
 def _select_experts_backward_cuda(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
-    from .kernels.triton.route_grad import grad_logits
+    from .kernels.triton.select_experts_backward import grad_logits
 
     return grad_logits(
         grad.contiguous(),

@@ -1,4 +1,4 @@
-"""From gradients of the chosen experts' weights to gradients of the logits, one launch: `route.py` backwards.
+"""From gradients of the chosen experts' weights to gradients of the logits, one launch: `select_experts.py` backwards.
 
 And the parts that a float32 matrix is taken as where tensor cores multiply it: the router's product backwards.
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import begin, launch_options
-from .route import _exp, _score
+from .select_experts import _exp, _score
 from .tiles import cdiv, next_power_of_2
 
 _BLOCK = 2048  # numbers of a program

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .combine import grad_tokens
-from .forward import descriptor, gather, rows_of, tokens_of
 from .grad_weight import grad_weight
 from .launch import begin, launch_options
+from .moe_ffn import descriptor, gather, rows_of, tokens_of
 from .tiles import Backward, Product, cdiv, max_tiles
 
 _SCATTERED = 1024  # choices of a program
