@@ -37,7 +37,7 @@ from zemoe.kernels.triton.moe_ffn import gate_up
 from zemoe.kernels.triton.moe_ffn_backward import grad_preact, grad_rows, row_weights
 from zemoe.kernels.triton.plan import prepare
 from zemoe.kernels.triton.tiles import Product, backward_schedule, schedule, training_rows_per_tile
-from zemoe.ops_triton import moe_ffn_tiles_train
+from zemoe.ops.triton_experts import moe_ffn_tiles_train
 
 LAYERS = [("research", 4096), ("research", 16384), ("lite", 16384)]
 ZERO_SHARES = [0.0, None, 0.5, 0.9]  # None: what chance makes of it, here a third

@@ -64,7 +64,7 @@ def test_whole_layer(dtype: torch.dtype, trained: bool, T: int, kinds: str):
 _WITHOUT_AVX512 = """
 import torch
 from zemoe import fused_experts
-from zemoe.kernels import products
+from zemoe.kernels.cpu import products
 generator = torch.Generator().manual_seed(0)
 x, w13, w2 = (torch.randn(shape, generator=generator).bfloat16() for shape in ((70, 16), (1, 16, 16), (1, 16, 8)))
 w13.requires_grad_()

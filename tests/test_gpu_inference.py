@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from judge import BY_NAME, Case, assert_bitwise, check_selection, judge
 from memory import moved, strided
-from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, ops_triton, reference, select_experts
+from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, reference, select_experts
 from zemoe.experts import resolve_backend
+from zemoe.ops import triton_experts
 from zemoe.routing import router_logits
 
 pytestmark = pytest.mark.gpu
@@ -165,7 +166,7 @@ def test_more_experts_than_it_takes_go_to_torch() -> None:
 @pytest.mark.parametrize("T", [250, 2000])  # tall tiles: at most one an expert, and several
 def test_many_rows_an_expert(T: int) -> None:
     case = Case("tall", "192 rows a tile", T=T, H=136, I=72, E=4, kinds=(("identity", 2),), K=2)
-    assert ops_triton.rows_per_tile(T, case.K, case.A) == 192
+    assert triton_experts.rows_per_tile(T, case.K, case.A) == 192
     inputs = case.inputs(torch.bfloat16)
     judge(layer(case, on_gpu(inputs)), case.reference(inputs), case.reference(inputs, torch.bfloat16))
 

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zemoe import doctor, ops_triton, resolve_backend
+from zemoe import doctor, resolve_backend
 from zemoe.kernels.triton import gpus
 from zemoe.kernels.triton.gpus import GPUS, HOPPER, gpu_of, taken_as, why_not
+from zemoe.ops import library
 
 KB = 1024
 # NVIDIA's documentation: kilobytes that a block may opt in to.
@@ -63,7 +64,7 @@ def a_t4(monkeypatch):
 @pytest.mark.usefixtures("a_t4")
 def test_what_cant_run_is_refused_by_name(monkeypatch) -> None:
     """And where nobody asked for it the torch backend takes its place."""
-    monkeypatch.setattr(ops_triton, "HAS_TRITON", True)
+    monkeypatch.setattr(library, "HAS_TRITON", True)
     cuda = torch.device("cuda:0")
     why = "an NVIDIA GPU of compute capability 8.0 or newer with 99 KB .*, got Tesla T4 of 7.5 with 64"
     with pytest.raises(ValueError, match=f"backend 'triton' needs {why}; backend='torch' runs there"):
@@ -71,7 +72,7 @@ def test_what_cant_run_is_refused_by_name(monkeypatch) -> None:
     with pytest.raises(ValueError, match=f"backend 'triton' needs {why}"):
         resolve_backend(cuda, torch.float16, "triton")
     assert resolve_backend("cuda", torch.float16).name == resolve_backend(cuda, torch.float16).name == "torch"
-    assert not ops_triton.can_run(SimpleNamespace(device=cuda))
+    assert not library.can_run(SimpleNamespace(device=cuda))
 
 
 @pytest.mark.parametrize(
@@ -113,14 +114,14 @@ import functools
 from dataclasses import replace
 from unittest import mock
 import check_arch
-from zemoe.kernels.triton import gpus, router, tiles
+from zemoe.kernels.triton import gpus, router_logits, tiles
 
 part = {gpu.capability: gpu for gpu in check_arch.GPUS}
 few = functools.partial(check_arch.check, kernels=["_scatter_weights"])
 fits = few([part[8, 6]])
 less = few([replace(part[8, 6], shared_memory=8191)])
-wide = functools.partial(router.choose_way, wide=True)
-with mock.patch.object(router, "choose_way", lambda *args: wide(*args[:5])):
+wide = functools.partial(router_logits.choose_way, wide=True)
+with mock.patch.object(router_logits, "choose_way", lambda *args: wide(*args[:5])):
     columns = check_arch.check([part[10, 0]], kernels=["_split"])
 with mock.patch.object(gpus.Gpu, "takes_large_tiles", True):
     large = check_arch.check([part[12, 0]], kernels=["_grad_rows"])

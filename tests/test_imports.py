@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ops": {"kernels", "ops", "scores", "versions"},
     "kernels": {"kernels", "versions"},
     "versions": set(),
-    "experts": {"config", "routing", "plan", "affine", "ops"},
+    "experts": {"config", "routing", "plan", "affine", "ops", "kernels"},
     "from_logits": {"experts", "routing"},
     "parallel": {"routing", "plan"},
     "balance": {"config", "routing", "scores"},
@@ -57,8 +57,7 @@ FRAMEWORKS = {"transformers", "vllm", "sglang"}
 
 
 def room(path: Path) -> str:
-    name = path.relative_to(ROOT).with_suffix("").parts[0]
-    return "ops" if name.startswith("ops_triton") else name  # one room in three files
+    return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
 def imports(path: Path, *, nested: bool = True) -> set[str]:
@@ -91,7 +90,6 @@ def own_rooms(names: set[str]) -> set[str]:
         parts = name.split(".")
         if parts[0] == "zemoe":
             second = parts[1] if len(parts) > 1 else ""
-            second = "ops" if second.startswith("ops_triton") else second
             is_room = (ROOT / f"{second}.py").exists() or (ROOT / second).is_dir()
             rooms.add(second if second and is_room else "public")
     return rooms

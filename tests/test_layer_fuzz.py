@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fuzz_layers import Layer, check, compute, draw, judged, restated, routed
-from zemoe import FusedMoE, ZeroExpertFusedMoE, experts, ops_triton, ops_triton_routing
+from zemoe import FusedMoE, ZeroExpertFusedMoE, experts
+from zemoe.ops import triton_experts, triton_routing
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEEDS = 120
@@ -49,18 +50,18 @@ def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     triton_training = pytest.importorskip("triton_training")
     if torch.cuda.is_available():
         pytest.skip("test_gpu_fuzz.py runs the kernels themselves")
-    monkeypatch.setattr(ops_triton, "can_run", lambda tensor: True)
+    monkeypatch.setattr("zemoe.routing.can_run", lambda tensor: True)
     triton_training.take(monkeypatch, 16, False, 32)
-    monkeypatch.setattr(ops_triton, "rows_per_tile", lambda *_: 16)
+    monkeypatch.setattr(triton_experts, "rows_per_tile", lambda *_: 16)
     takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
     monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
         for name in ("prepare", "moe_ffn_tiles", "moe_ffn_tiles_train"):
-            library.impl(name, getattr(ops_triton, f"_{name}_cuda"), "CPU")
+            library.impl(name, getattr(triton_experts, f"_{name}_cuda"), "CPU")
         for name in ("moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"):
-            library.impl(name, ops_triton._gradients, "CPU")
+            library.impl(name, triton_experts._gradients, "CPU")
         for name in ("select_experts", "select_experts_backward"):
-            library.impl(name, getattr(ops_triton_routing, f"_{name}_cuda"), "CPU")
+            library.impl(name, getattr(triton_routing, f"_{name}_cuda"), "CPU")
         yield
 
 

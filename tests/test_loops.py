@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from judge import CASES, Case, assert_bitwise, judge, only_zero_experts
-from zemoe import fused_experts, ops
+from zemoe import fused_experts
 from zemoe.kernels import topk
 from zemoe.kernels.cpu import experts as cpu_experts
 from zemoe.kernels.cpu import products
+from zemoe.ops import experts as ops
+from zemoe.ops.routing import selects_few
 from zemoe.routing import select_experts
 
 pytest.importorskip("numba")
@@ -213,7 +215,7 @@ class TestSelectingFew:
 
     @staticmethod
     def both_ways(logits: torch.Tensor, **rules) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        assert ops.selects_few(logits) and not ops.selects_few(logits.clone().requires_grad_())
+        assert selects_few(logits) and not selects_few(logits.clone().requires_grad_())
         rules = {"num_experts": 16, "zero_expert_kinds": (("identity", 4),), **rules}
         few = select_experts(logits, 5, **rules)
         weights, ids = select_experts(logits.clone().requires_grad_(), 5, **rules)
@@ -240,11 +242,11 @@ class TestSelectingFew:
 
     def test_others_do_not_take_it(self) -> None:
         logits = torch.randn(3, 20)
-        assert not ops.selects_few(logits[:0]) and not ops.selects_few(logits.to("meta"))
-        assert not ops.selects_few(torch.randn(300, 20))
-        assert not torch.compile(ops.selects_few, backend="eager")(logits)
+        assert not selects_few(logits[:0]) and not selects_few(logits.to("meta"))
+        assert not selects_few(torch.randn(300, 20))
+        assert not torch.compile(selects_few, backend="eager")(logits)
         with torch.autograd.forward_ad.dual_level():
-            assert not ops.selects_few(logits)
+            assert not selects_few(logits)
 
     def test_operator(self) -> None:
         logits = torch.randn(3, 20)

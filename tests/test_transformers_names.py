@@ -26,7 +26,7 @@ import zemoe.integrations.transformers as bridge
 from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, global_state, greedy, logits_of
 from transformers_tiny import tiny_config
 from zemoe.integrations import transformers_experts
-from zemoe.ops import ACTIVATIONS
+from zemoe.kernels.activations import ACTIVATIONS
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

@@ -10,8 +10,8 @@ from judge import Case, assert_bitwise, judge
 from memory import moved, pretend_hopper, strided
 
 pytest.importorskip("triton")
-from zemoe import ops_triton, ops_triton_routing
 from zemoe.affine import AffineParams, kernel_kinds
+from zemoe.ops import library, triton_experts, triton_routing
 
 pytestmark = [
     pytest.mark.triton,
@@ -32,7 +32,7 @@ def test_bias(length: int, device: str) -> None:
     bias = torch.randn(length, generator=torch.Generator().manual_seed(1)).to(device)
 
     def select(bias: Tensor) -> tuple[Tensor, Tensor]:
-        return ops_triton_routing._select_experts_cuda(logits, bias, 3, 8, "softmax", "none", 1.0, 0, 0, [])
+        return triton_routing._select_experts_cuda(logits, bias, 3, 8, "softmax", "none", 1.0, 0, 0, [])
 
     for given, same in ((strided(bias), bias), (bias[:1].expand(length), bias[:1].repeat(length))):
         for left, right in zip(select(given), select(same), strict=True):
@@ -46,16 +46,16 @@ def test_router_of_one_column(T: int, device: str) -> None:
     x, weight = (rows.T.contiguous().T[:, :1] for rows in (x, weight))
     assert x.stride(1) == max(T, 1) and weight.stride(1) == 5
     expected = x.float() * weight[:, 0]
-    torch.testing.assert_close(ops_triton_routing._router_logits_cuda(x, weight), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(triton_routing._router_logits_cuda(x, weight), expected, rtol=1e-4, atol=1e-6)
 
 
 def run(inputs, affine: AffineParams, constant_logits: Tensor, block_m: int = 16) -> Tensor:
     x, w13, w2, weights, ids = inputs[:5]
     codes = [number for pair in kernel_kinds(CASE.kinds) for number in pair]
-    *plan, alpha, beta = ops_triton._prepare_cuda(
+    *plan, alpha, beta = triton_experts._prepare_cuda(
         weights, ids, CASE.E, CASE.A, block_m, codes, affine.scale, constant_logits
     )
-    return ops_triton._moe_ffn_tiles_cuda(
+    return triton_experts._moe_ffn_tiles_cuda(
         x, weights, *plan, block_m, w13, w2, alpha, beta, affine.constant_value, "silu"
     )
 
@@ -101,14 +101,14 @@ def test_constant_logits(device: str) -> None:
 def test_more_choices_than_int32_counts(device: str) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**16, 2**15)
     with pytest.raises(ValueError, match="topk_ids must have fewer than"):
-        ops_triton._prepare_cuda(ids[:1].float(), ids, 1, 1, 16, [], None, None)
+        triton_experts._prepare_cuda(ids[:1].float(), ids, 1, 1, 16, [], None, None)
 
 
 def test_rows_of_a_matrix_lie_apart(device: str) -> None:
     """So an expanded x takes the kernels, and gets the bits, of its copy."""
     one, many = torch.randn(1, 24, device=device), torch.randn(5, 48, device=device)
     for matrix in (one, many, many[:, :24], one[:, :8]):
-        assert ops_triton.with_rows(matrix) is matrix
+        assert library.with_rows(matrix) is matrix
     for matrix in (one.expand(5, -1), many.T, one[:, :1].expand(5, 1), many.flatten().as_strided((5, 24), (8, 1))):
-        copy = ops_triton.with_rows(matrix)
+        copy = library.with_rows(matrix)
         assert copy.stride() == (matrix.shape[1], 1) and torch.equal(copy, matrix)

@@ -18,9 +18,10 @@ from judge import Case, judge
 from test_experts import Reference, gradients, run
 
 pytest.importorskip("triton")
-from zemoe import AffineParams, experts, fused_experts, ops_triton
+from zemoe import AffineParams, experts, fused_experts
 from zemoe.kernels.triton import tiles
 from zemoe.kernels.triton.tiles import Backward, Product, Schedule
+from zemoe.ops import triton_experts
 
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
@@ -47,16 +48,16 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
     monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
-        library.impl("prepare", ops_triton._prepare_cuda, "CPU")
-        library.impl("moe_ffn_tiles_train", ops_triton._moe_ffn_tiles_train_cuda, "CPU")
-        library.impl("moe_ffn_tiles_backward", ops_triton._gradients, "CPU")
-        library.impl("moe_ffn_tiles_backward_", ops_triton._gradients, "CPU")
+        library.impl("prepare", triton_experts._prepare_cuda, "CPU")
+        library.impl("moe_ffn_tiles_train", triton_experts._moe_ffn_tiles_train_cuda, "CPU")
+        library.impl("moe_ffn_tiles_backward", triton_experts._gradients, "CPU")
+        library.impl("moe_ffn_tiles_backward_", triton_experts._gradients, "CPU")
         yield
 
 
 def take(monkeypatch: pytest.MonkeyPatch, block_m: int, tma: bool, size: int = 16) -> None:
     forward, back = small(block_m, tma, size)
-    monkeypatch.setattr(ops_triton, "training_rows_per_tile", lambda *_: block_m)
+    monkeypatch.setattr(triton_experts, "training_rows_per_tile", lambda *_: block_m)
     monkeypatch.setattr(tiles, "schedule", lambda *_: forward)
     monkeypatch.setattr(tiles, "backward_schedule", lambda *_: back)
 

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, ops_triton
 from .affine import AffineParams, affine_coefficients, check_kinds, check_params, kernel_kinds
 from .config import ZeroExpertKinds, check_count, expand_kinds
+from .kernels.activations import ACTIVATIONS
+from .ops import experts as ops
+from .ops import library, triton_experts
 from .plan import RoutingPlan, make_plan
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,9 +83,9 @@ def _infer_triton(call: Call) -> Tensor:
     """Lost tokens are found by the kernels that read x anyway."""
     T, K = call.ids_TK.shape
     slots = call.num_slots or call.num_experts
-    block_m = ops_triton.rows_per_tile(T, K, slots)
+    block_m = triton_experts.rows_per_tile(T, K, slots)
     codes = kernel_kinds(call.kinds)
-    *plan, alpha_T, beta_TC = ops_triton.prepare(
+    *plan, alpha_T, beta_TC = triton_experts.prepare(
         call.weights_TK,
         call.ids_TK,
         num_experts=call.num_experts,
@@ -97,7 +99,7 @@ def _infer_triton(call: Call) -> Tensor:
         affine = _affine(call)
     else:
         affine = alpha_T, None if call.params.constant_value is None else beta_TC, call.params.constant_value
-    return ops_triton.moe_ffn_tiles(
+    return triton_experts.moe_ffn_tiles(
         call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation
     )
 
@@ -106,8 +108,8 @@ def _train_triton(call: Call) -> Tensor:
     """Lost tokens are found by the kernels here too."""
     T, K = call.ids_TK.shape
     slots = call.num_slots or call.num_experts
-    block_m = ops_triton.training_rows_per_tile(T, K, slots)
-    *plan, _, _ = ops_triton.prepare(
+    block_m = triton_experts.training_rows_per_tile(T, K, slots)
+    *plan, _, _ = triton_experts.prepare(
         call.weights_TK.detach(),
         call.ids_TK,
         num_experts=call.num_experts,
@@ -118,7 +120,7 @@ def _train_triton(call: Call) -> Tensor:
         constant_logits_TC2=None,
     )
     affine = *_coefficients(call), call.params.constant_value
-    return ops_triton.moe_ffn_tiles_train(
+    return triton_experts.moe_ffn_tiles_train(
         call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation, call.main_grads
     )
 
@@ -157,12 +159,12 @@ BACKENDS: dict[str, Backend] = {
         name="triton",
         about="fused kernels for NVIDIA GPUs",
         devices=("cuda",),
-        dtypes=ops_triton.DTYPES,
+        dtypes=triton_experts.DTYPES,
         moe_ffn=None,
         infer=_infer_triton,
         train=_train_triton,
-        most_experts=ops_triton.MOST_EXPERTS,
-        missing=None if ops_triton.HAS_TRITON else "triton",
+        most_experts=triton_experts.MOST_EXPERTS,
+        missing=None if library.HAS_TRITON else "triton",
     ),
     "torch": Backend(
         name="torch",
@@ -184,7 +186,7 @@ def _lacks(device: torch.device | str) -> str:
     """What a CUDA device lacks to run our kernels. Asked only where CUDA is in use, and not while code is traced."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return ""  # asking would initialise CUDA, and a process that did may not fork
-    return ops_triton.why_not(torch.device(device))
+    return library.why_not(torch.device(device))
 
 
 def resolve_backend(
@@ -230,9 +232,9 @@ def resolve_backend(
 
 def moe_activation(name: str) -> Callable[[Tensor], Tensor]:
     """The activation called `name`; ValueError for an unknown one."""
-    if name not in ops.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ops.ACTIVATIONS)}, got {name!r}")
-    return ops.ACTIVATIONS[name].forward
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name].forward
 
 
 def _check_tensors(
@@ -341,7 +343,7 @@ def moe_ffn(
 ) -> Tensor:
     """The weighted sums of the planned FFN rows plus the affine terms (alpha_T, beta_TC, value_CH): [T, H].
 
-    See zemoe.ops.moe_ffn for shapes and dtypes, which are not checked here again.
+    See zemoe.ops.experts.moe_ffn for shapes and dtypes, which are not checked here again.
     """
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=True, planned=True)
     assert chosen.moe_ffn is not None
@@ -412,7 +414,7 @@ def fused_experts(
 
     weights_TK = topk_weights.to(torch.promote_types(x_TH.dtype, torch.float32))
     if params.constant_router is not None and constant_logits is None:
-        with ops.without_autocast(x_TH.device):
+        with library.without_autocast(x_TH.device):
             rows = params.constant_router.to(weights_TK.dtype).flatten(0, 1)
             constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
     call = Call(
@@ -430,7 +432,7 @@ def fused_experts(
         main_grads,
     )
     differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
-    ops.refuse_transforms(*differentiable)
+    library.refuse_transforms(*differentiable)
     trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
     chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
     if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced

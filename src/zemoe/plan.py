@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import ops
 from .config import check_count
+from .ops.experts import plan
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int | None = Non
         raise ValueError(
             f"topk_ids must be an integer [M, K] tensor, got {topk_ids_MK.dtype} {tuple(topk_ids_MK.shape)}"
         )
-    return RoutingPlan(*ops.plan(topk_ids_MK, num_experts, -1 if num_slots is None else num_slots))
+    return RoutingPlan(*plan(topk_ids_MK, num_experts, -1 if num_slots is None else num_slots))

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops, ops_triton, ops_triton_routing
 from .casts import StaysFloat32
 from .config import (
     MoEConfig,
@@ -25,6 +24,9 @@ from .config import (
     renormalize_mode,
     warn_of_weights_without_gradient,
 )
+from .ops import triton_routing
+from .ops.library import can_run, without_autocast
+from .ops.routing import select_few, selects_few, topk_ids
 from .scores import SCORES, check_scoring, renormalized
 
 
@@ -59,7 +61,7 @@ def _limit_to_groups(choice_TA: Tensor, num_expert_group: int, topk_group: int, 
     T, A = choice_TA.shape
     choice_TGS = choice_TA.view(T, num_expert_group, A // num_expert_group)
     value_TG = choice_TGS.topk(2, dim=-1).values.sum(-1) if has_bias else choice_TGS.amax(-1)
-    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, ops.topk_ids(value_TG, None, topk_group), True)
+    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, topk_ids(value_TG, None, topk_group), True)
     return choice_TGS.masked_fill(~best_TG[:, :, None], float("-inf")).view(T, A)
 
 
@@ -128,9 +130,9 @@ def select_experts(
 
     logits_TA = logits_TA.float()
     bias = e_score_correction_bias
-    small = num_slots <= ops_triton_routing.MOST_SLOTS and top_k <= ops_triton_routing.MOST_CHOICES
-    if small and scoring_func in ops_triton_routing.SCORES and ops_triton.can_run(logits_TA):
-        return ops_triton_routing.select_experts(
+    small = num_slots <= triton_routing.MOST_SLOTS and top_k <= triton_routing.MOST_CHOICES
+    if small and scoring_func in triton_routing.SCORES and can_run(logits_TA):
+        return triton_routing.select_experts(
             logits_TA,
             None if bias is None else _checked_bias(bias, num_experts, num_slots),
             top_k,
@@ -142,10 +144,10 @@ def select_experts(
             topk_group=topk_group,
             null_ranges=_null_ranges(kinds, num_experts),
         )
-    if scoring_func == "softmax" and mode != "nonnull" and num_expert_group is None and ops.selects_few(logits_TA):
+    if scoring_func == "softmax" and mode != "nonnull" and num_expert_group is None and selects_few(logits_TA):
         bias = None if bias is None else _checked_bias(bias, num_experts, num_slots)
         dropped = num_experts if mode == "real" else num_slots
-        return ops.select_few(logits_TA, bias, top_k, dropped, mode != "none", routed_scaling_factor)
+        return select_few(logits_TA, bias, top_k, dropped, mode != "none", routed_scaling_factor)
     scores_TA = SCORES[scoring_func](logits_TA)
     choice_TA = scores_TA.detach()
     if e_score_correction_bias is not None:
@@ -153,7 +155,7 @@ def select_experts(
     if num_expert_group is not None and topk_group is not None:
         choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
         choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
-    ids_TK = ops.topk_ids(choice_TA, logits_TA.detach(), top_k)
+    ids_TK = topk_ids(choice_TA, logits_TA.detach(), top_k)
     weights_TK = renormalized(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, _null_ranges(kinds, num_experts))
     if routed_scaling_factor != 1.0:
         weights_TK = weights_TK * routed_scaling_factor
@@ -166,9 +168,9 @@ def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
     A `backward()` inside of autocast, which torch advises against, rounds this product's gradients to autocast's dtype
     on devices without our kernel, as it does those of every torch product that was made outside of autocast.
     """
-    if x_TH.dtype in ops_triton.DTYPES and weight_RH.dtype == torch.float32 and ops_triton.can_run(x_TH):
-        return ops_triton_routing.router_logits(x_TH, weight_RH)
-    with ops.without_autocast(x_TH.device):
+    if x_TH.dtype in triton_routing.DTYPES and weight_RH.dtype == torch.float32 and can_run(x_TH):
+        return triton_routing.router_logits(x_TH, weight_RH)
+    with without_autocast(x_TH.device):
         return F.linear(x_TH.float(), weight_RH.float())
 
 
@@ -254,7 +256,7 @@ class Router(StaysFloat32):
         rows = weight.shape[0]
         if extra_RH is not None:
             weight = torch.cat([weight, extra_RH.float()])
-        with ops.without_autocast(x_TH.device):
+        with without_autocast(x_TH.device):
             product = router_logits(x_TH, weight)
             extra = product[:, rows:]
             logits = product if extra_RH is None else product[:, :rows]

@@ -111,7 +111,7 @@ def moe_ffn(
     value_CH: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn."""
+    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see the operator."""
     N = row_token_N.shape[0]
     y_TH = alpha_T[:, None] * x_TH
     if beta_TC is not None and value_CH is not None:

@@ -416,7 +416,7 @@ def moe_ffn(
     how: Schedule,
     preact_N2I: Tensor | None = None,
 ) -> Tensor:
-    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.moe_ffn.
+    """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.experts.moe_ffn.
 
     preact_N2I: as in `gate_up`, not with tiles of one row.
     """

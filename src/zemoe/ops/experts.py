@@ -1,135 +1,20 @@
-"""The library's operators: `torch.ops.zemoe.*` with shapes for tracing and hand-written gradients.
+"""The operators from routing weights and ids to weighted sums of experts, for any device.
 
 T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, N = T * K row bound, C constant experts.
 
-A new device is one `impl` line an op.
+A new device is one `implement` line an operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .kernels import grouped, topk
-from .kernels.activations import ACTIVATIONS
-from .kernels.cpu import experts as cpu_experts
-from .versions import warn_if_untested
-
-warn_if_untested("torch", torch.__version__)
-
-_LIBRARY = torch.library.Library("zemoe", "DEF")
-_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which a float32 product stays one; the meta device knows no autocast."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # torch.autocast takes as long to enter as a few operators
-    return torch.autocast(device.type, enabled=False)
-
-
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
-
-    Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
-    """
-    if forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
-        raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward() or torch.autograd.grad")
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
-        return
-    if any(tensor is not None and _functorch.is_gradtrackingtensor(tensor) for tensor in tensors):
-        raise RuntimeError(
-            "zemoe's layers take no part in torch.func.grad, vjp or jacrev; use backward() or torch.autograd.grad"
-        )
-
-
-def _no_vmap(*args: object) -> NoReturn:
-    """Under vmap a tensor doesn't say that its gradient is wanted, and a layer computes otherwise where it isn't."""
-    raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
-
-
-def define(schema: str, *, vmap: bool = True) -> None:
-    """Define an operator; without `vmap` it raises under torch.vmap, where others run once for each of the batch."""
-    _LIBRARY.define(schema, tags=_TAGS)
-    if not vmap:
-        torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
-
-
-def implement(name: str, key: str, kernel: Callable) -> None:
-    """Register `kernel` as what computes zemoe::name on a device, in the dtypes that it says also under autocast."""
-
-    def in_its_dtypes(first: Tensor, *args: object) -> object:
-        with without_autocast(first.device):
-            return kernel(first, *args)
-
-    torch.library.impl("zemoe::" + name, key, in_its_dtypes)
-
-
-def _rows_like(tensor: Tensor) -> Tensor:
-    """A result of this shape and dtype; contiguous, whatever the strides of the argument."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-# --- topk_ids: the ids of the k largest values, ties to the lower id ---
-
-define("topk_ids(Tensor choice, Tensor? logits, int k) -> Tensor", vmap=False)
-implement("topk_ids", "CPU", topk.on_host)
-implement("topk_ids", "CompositeExplicitAutograd", topk.by_integer_keys)  # any other device
-
-
-@torch.library.register_fake("zemoe::topk_ids")
-def _topk_ids_fake(choice: Tensor, logits: Tensor | None, k: int) -> Tensor:
-    return choice.new_empty((choice.shape[0], k), dtype=torch.int64)
-
-
-def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids of the k largest float32 values of each row, largest first, equal values by lower id first.
-
-    A slot whose logit is -inf counts as -inf, whatever its value; with logits_TA None every slot counts as it is.
-    A row with a NaN yields ids in range, in no particular order.
-    """
-    return torch.ops.zemoe.topk_ids(choice_TA, logits_TA, k)
-
-
-# --- select_few: scores, ids and weights of few tokens, without gradients ---
-
-define(
-    "select_few(Tensor logits, Tensor? bias, int k, int dropped, bool renormalize, float scaling) -> (Tensor, Tensor)",
-    vmap=False,
-)
-implement("select_few", "CPU", topk.select_few)
-
-
-@torch.library.register_fake("zemoe::select_few")
-def _select_few_fake(logits, bias, k, dropped, renormalize, scaling) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((logits.shape[0], k)), logits.new_empty((logits.shape[0], k), dtype=torch.int64)
-
-
-def selects_few(logits_TA: Tensor) -> bool:
-    """Whether `select_few` is the better way. Not for a compiler, which would compile once a number of tokens."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    return topk.takes_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
-
-
-def select_few(
-    logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """(weights [T, k] float32, ids [T, k] int64) of float32 logits [T, A]: softmax, and the best k by score + bias.
-
-    bias: float32, up to A long (0 for the rest). renormalize: divide by the sum of a token's weights, where slots from
-    `dropped` on weigh 0; scaling multiplies them. No gradients.
-    """
-    return torch.ops.zemoe.select_few(logits_TA, bias, k, dropped, renormalize, scaling)
-
+from ..kernels import grouped
+from ..kernels.cpu import experts as cpu_experts
+from .library import define, implement, rows_like, without_autocast
 
 # --- plan: rows sorted by expert ---
 
@@ -181,7 +66,7 @@ implement("moe_ffn_backward", "CPU", cpu_experts.backward)
 def _moe_ffn_fake(
     x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, activation, save_preact
 ) -> tuple[Tensor, Tensor]:
-    return _rows_like(x), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
+    return rows_like(x), x.new_empty((row_token.shape[0] if save_preact else 0, w13.shape[1]))
 
 
 @torch.library.register_fake("zemoe::moe_ffn_backward")
@@ -189,7 +74,7 @@ def _moe_ffn_backward_fake(
     grad, x, weights, row_token, slot_row, expert_offsets, w13, w2, alpha, beta, value, preact, activation, needs
 ) -> tuple[Tensor, ...]:
     inputs = (x, weights, w13, w2, alpha, beta, value)
-    made = (_rows_like, _rows_like, torch.empty_like, torch.empty_like, _rows_like, _rows_like, _rows_like)
+    made = (rows_like, rows_like, torch.empty_like, torch.empty_like, rows_like, rows_like, rows_like)
     return tuple(
         make(tensor) if need and tensor is not None else x.new_empty(0)
         for tensor, make, need in zip(inputs, made, needs, strict=True)
@@ -274,7 +159,7 @@ implement("moe_ffn_from_ids", "CPU", cpu_experts.forward_from_ids)
 
 @torch.library.register_fake("zemoe::moe_ffn_from_ids")
 def _moe_ffn_from_ids_fake(x, weights, topk_ids, w13, w2, alpha, beta, value, num_slots, activation) -> Tensor:
-    return _rows_like(x)
+    return rows_like(x)
 
 
 def moe_ffn_from_ids(
@@ -308,7 +193,7 @@ takes_few = cpu_experts.takes_few
 
 @torch.library.register_fake("zemoe::moe_ffn_few")
 def _moe_ffn_few_fake(x, weights, topk_ids, w13, w2, identities, num_slots) -> Tensor:
-    return _rows_like(x)
+    return rows_like(x)
 
 
 def moe_ffn_few(
@@ -401,16 +286,3 @@ def moe_ffn_grouped(x_TH: Tensor, *args: Any) -> Tensor:
     """`moe_ffn` of any device, by the operators above: the same arguments. Differentiable twice."""
     with without_autocast(x_TH.device):
         return grouped.moe_ffn(x_TH, *args)
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "moe_ffn",
-    "moe_ffn_few",
-    "moe_ffn_from_ids",
-    "moe_ffn_grouped",
-    "plan",
-    "select_few",
-    "topk_ids",
-    "without_autocast",
-]

@@ -1,4 +1,4 @@
-"""The operators of routing on CUDA devices, differentiable: router logits, and the choice of experts. See ops_triton.
+"""The operators of routing on CUDA devices, differentiable: router logits, and the choice of experts.
 
 T tokens, H hidden size, A slots, R rows of the router weight, E FFN experts, K choices.
 """
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import define, without_autocast
-from .ops_triton import flat, implements, pairs, with_rows
-from .scores import weights_of
+from ..scores import weights_of
+from .library import define, flat, implements, pairs, with_rows, without_autocast
 
 MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
+DTYPES = (torch.bfloat16, torch.float16)  # of the hidden states
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # what it knows
 
 # --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
@@ -24,7 +24,7 @@ define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 @implements("router_logits")
 def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
-    from .kernels.triton.router_logits import router_logits
+    from ..kernels.triton.router_logits import router_logits
 
     return router_logits(with_rows(x), with_rows(weight))
 
@@ -45,7 +45,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 @implements("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
-    from .kernels.triton.select_experts_backward import bfloat16_parts
+    from ..kernels.triton.select_experts_backward import bfloat16_parts
 
     R = weight.shape[0]
     grad_T3R = bfloat16_parts(with_rows(grad), low=1, beside=True)
@@ -110,7 +110,7 @@ define(
 def _select_experts_cuda(
     logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.triton.select_experts import select_experts
+    from ..kernels.triton.select_experts import select_experts
 
     return select_experts(
         logits,
@@ -142,7 +142,7 @@ define(
 
 @implements("select_experts_backward")
 def _select_experts_backward_cuda(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
-    from .kernels.triton.select_experts_backward import grad_logits
+    from ..kernels.triton.select_experts_backward import grad_logits
 
     return grad_logits(
         grad.contiguous(),

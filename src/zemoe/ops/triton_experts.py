@@ -6,85 +6,21 @@ C constant experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
-from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .kernels.triton import tiles as tile_sizes
-from .kernels.triton.gpus import gpu_of, why_not
-from .ops import define, without_autocast
+from ..kernels.triton import tiles as tile_sizes
+from .library import define, flat, implements, no_second_derivative, pairs, with_rows, without_autocast
 
-HAS_TRITON = find_spec("triton") is not None
 MOST_EXPERTS = 1024  # what one program of prepare can hold
 MOST_PAIRS = 2**31 - 2**20  # T * K: kernels count rows in int32, and look a block further than the last
 DTYPES = (torch.bfloat16, torch.float16)
 
 rows_per_tile = tile_sizes.rows_per_tile
 training_rows_per_tile = tile_sizes.training_rows_per_tile
-
-
-def can_run(tensor: Tensor) -> bool:
-    """Whether these operators may take the tensor: on a GPU that runs them, with triton, outside of forward-mode AD."""
-    return (
-        HAS_TRITON
-        and tensor.device.type == "cuda"
-        and forward_ad._current_level < 0
-        and (torch.compiler.is_compiling() or not why_not(tensor.device))  # traced, an operator refuses when it runs
-    )
-
-
-def implements(name: str) -> Callable[[Callable], Callable]:
-    """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
-
-    Triton launches on the current device, which need not be the one that holds the tensors, and it takes a pointer to
-    any device's memory.
-    """
-
-    def register(kernel: Callable) -> Callable:
-        def on_its_device(first: Tensor, *args):
-            gpu_of(first.device)  # refuses one that can't run them
-            index = first.get_device()
-            for other in args:
-                if isinstance(other, Tensor) and other.get_device() != index:
-                    raise ValueError(
-                        f"zemoe::{name} takes tensors of one device, got {first.device} and {other.device}"
-                    )
-            if index == torch.cuda.current_device():
-                return kernel(first, *args)
-            with torch.cuda.device(first.device):
-                return kernel(first, *args)
-
-        torch.library.impl(f"zemoe::{name}", "CUDA", on_its_device)
-        return kernel
-
-    return register
-
-
-def no_second_derivative(ctx, *grads: Tensor) -> NoReturn:
-    """What the backward of a backward does."""
-    raise RuntimeError("the triton backend has no second derivative, its backward is written out; use backend='torch'")
-
-
-def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy, with stride 1 along its rows, which don't overlap, so that a descriptor can read it.
-
-    Not by contiguous(), which lets a row of one element have any stride.
-    """
-    apart = len(matrix) < 2 or matrix.stride(0) >= matrix.shape[1]
-    return matrix if matrix.stride(1) == 1 and apart else matrix.clone(memory_format=torch.contiguous_format)
-
-
-def pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(flat[::2], flat[1::2], strict=True))
-
-
-def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [number for pair in pairs for number in pair]
 
 
 # --- prepare: the plan and the affine coefficients ---
@@ -100,8 +36,8 @@ define(
 def _prepare_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
-    from .kernels.triton.coefficients import CONSTANT
-    from .kernels.triton.plan import prepare
+    from ..kernels.triton.coefficients import CONSTANT
+    from ..kernels.triton.plan import prepare
 
     if topk_ids.numel() >= MOST_PAIRS:
         raise ValueError(f"topk_ids must have fewer than {MOST_PAIRS} entries, got {tuple(topk_ids.shape)}")
@@ -172,7 +108,7 @@ define(
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
-    from .kernels.triton.moe_ffn import moe_ffn
+    from ..kernels.triton.moe_ffn import moe_ffn
 
     T, K = slot_row.shape
     how = tile_sizes.schedule(block_m, T, K, w13, w2)
@@ -196,7 +132,7 @@ def moe_ffn_tiles(
     affine: tuple[Tensor, Tensor | None, Tensor | None],
     activation: str,
 ) -> Tensor:
-    """zemoe.ops.moe_ffn for bfloat16 and float16, without gradients.
+    """zemoe.ops.experts.moe_ffn for bfloat16 and float16, without gradients.
 
     plan: the first four of what `prepare` made with the same block_m.
     """
@@ -227,7 +163,7 @@ def _moe_ffn_tiles_train_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
     activation, save_preact,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from .kernels.triton.moe_ffn import moe_ffn
+    from ..kernels.triton.moe_ffn import moe_ffn
 
     T, K = slot_row.shape
     how = tile_sizes.schedule(block_m, T, K, w13, w2)
@@ -251,7 +187,7 @@ def _gradients(
     grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
     needs, main_w13=None, main_w2=None, overwrite=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from .kernels.triton.moe_ffn_backward import moe_ffn_backward
+    from ..kernels.triton.moe_ffn_backward import moe_ffn_backward
 
     plan = row_token, slot_row, offsets, tiles[-1]
     how = tile_sizes.backward_schedule(block_m, w13, w2)

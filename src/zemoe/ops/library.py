@@ -1,0 +1,138 @@
+"""What every operator of the library is defined and registered with.
+
+Operators are `torch.ops.zemoe.*`, with shapes for tracing and hand-written gradients; each has its file in this folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..kernels.triton.gpus import gpu_of, why_not
+from ..versions import warn_if_untested
+
+warn_if_untested("torch", torch.__version__)
+
+HAS_TRITON = find_spec("triton") is not None
+_LIBRARY = torch.library.Library("zemoe", "DEF")
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which a float32 product stays one; the meta device knows no autocast."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # torch.autocast takes as long to enter as a few operators
+    return torch.autocast(device.type, enabled=False)
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
+
+    Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
+    """
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward() or torch.autograd.grad")
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+        return
+    if any(tensor is not None and _functorch.is_gradtrackingtensor(tensor) for tensor in tensors):
+        raise RuntimeError(
+            "zemoe's layers take no part in torch.func.grad, vjp or jacrev; use backward() or torch.autograd.grad"
+        )
+
+
+def _no_vmap(*args: object) -> NoReturn:
+    """Under vmap a tensor doesn't say that its gradient is wanted, and a layer computes otherwise where it isn't."""
+    raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
+
+
+def define(schema: str, *, vmap: bool = True) -> None:
+    """Define an operator; without `vmap` it raises under torch.vmap, where others run once for each of the batch."""
+    _LIBRARY.define(schema, tags=_TAGS)
+    if not vmap:
+        torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
+
+
+def implement(name: str, key: str, kernel: Callable) -> None:
+    """Register `kernel` as what computes zemoe::name on a device, in the dtypes that it says also under autocast."""
+
+    def in_its_dtypes(first: Tensor, *args: object) -> object:
+        with without_autocast(first.device):
+            return kernel(first, *args)
+
+    torch.library.impl("zemoe::" + name, key, in_its_dtypes)
+
+
+def rows_like(tensor: Tensor) -> Tensor:
+    """A result of this shape and dtype; contiguous, whatever the strides of the argument."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+# --- for the operators of the `triton` backend, which run on CUDA devices only ---
+
+
+def can_run(tensor: Tensor) -> bool:
+    """Whether these operators may take the tensor: on a GPU that runs them, with triton, outside of forward-mode AD."""
+    return (
+        HAS_TRITON
+        and tensor.device.type == "cuda"
+        and forward_ad._current_level < 0
+        and (torch.compiler.is_compiling() or not why_not(tensor.device))  # traced, an operator refuses when it runs
+    )
+
+
+def implements(name: str) -> Callable[[Callable], Callable]:
+    """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
+
+    Triton launches on the current device, which need not be the one that holds the tensors, and it takes a pointer to
+    any device's memory.
+    """
+
+    def register(kernel: Callable) -> Callable:
+        def on_its_device(first: Tensor, *args):
+            gpu_of(first.device)  # refuses one that can't run them
+            index = first.get_device()
+            for other in args:
+                if isinstance(other, Tensor) and other.get_device() != index:
+                    raise ValueError(
+                        f"zemoe::{name} takes tensors of one device, got {first.device} and {other.device}"
+                    )
+            if index == torch.cuda.current_device():
+                return kernel(first, *args)
+            with torch.cuda.device(first.device):
+                return kernel(first, *args)
+
+        torch.library.impl(f"zemoe::{name}", "CUDA", on_its_device)
+        return kernel
+
+    return register
+
+
+def no_second_derivative(ctx, *grads: Tensor) -> NoReturn:
+    """What the backward of a backward does."""
+    raise RuntimeError("the triton backend has no second derivative, its backward is written out; use backend='torch'")
+
+
+def with_rows(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy, with stride 1 along its rows, which don't overlap, so that a descriptor can read it.
+
+    Not by contiguous(), which lets a row of one element have any stride.
+    """
+    apart = len(matrix) < 2 or matrix.stride(0) >= matrix.shape[1]
+    return matrix if matrix.stride(1) == 1 and apart else matrix.clone(memory_format=torch.contiguous_format)
+
+
+def pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    return [number for pair in pairs for number in pair]
