@@ -20,7 +20,7 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 from zemoe import MoE, MoEConfig
-from zemoe.measure import cpu_ceilings, interleaved, moe_floor
+from zemoe.bench.timing import cpu_ceilings, interleaved, moe_floor
 
 SHAPES = {"first": (1024, 512, 64, 32, 12), "second": (256, 128, 512, 256, 12)}  # H, I, E, Z, K
 TOKENS = (1, 4, 16, 32, 64, 256, 1024, 4096)

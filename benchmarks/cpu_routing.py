@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from zemoe import select_experts
-from zemoe.measure import interleaved
+from zemoe.bench.timing import interleaved
 
 SLOTS = ((64, 32), (512, 256))  # E, Z
 TOKENS = (1, 64, 1024, 4096)

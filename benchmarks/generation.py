@@ -42,8 +42,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import zemoe
-from zemoe.bench import commit
 from zemoe.integrations.transformers import patch_
+from zemoe.machine import commit
 
 # Relative RMS error of a layer; stock rounds each expert's output and each sum to bfloat16.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -11,7 +11,7 @@ import gpu_results
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from zemoe.bench_layer import build, load_cases
+from zemoe.bench.cases import build, load_cases
 
 CALLS = 16  # profiled, after one that compiles
 INPUTS = 4

@@ -18,7 +18,7 @@ import gpu_results
 import torch
 from gpu_training import by_backend, step, trained
 
-from zemoe.bench_layer import build, load_cases
+from zemoe.bench.cases import build, load_cases
 from zemoe.kernels.triton import launch
 
 TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16384)

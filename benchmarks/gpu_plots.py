@@ -13,8 +13,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zemoe.bench_plot import plot
-from zemoe.bench_show import headline
+from zemoe.bench.plot import plot
+from zemoe.bench.table import headline
 
 Rows = list[dict[str, Any]]
 # (name, file, column, colour) of each line, by the case of its panel. A file is one run, with a zemoe of its own.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import triton
 
-from zemoe.bench import commit
+from zemoe.machine import commit
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

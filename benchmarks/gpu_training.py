@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from zemoe import MoE, fused_experts
-from zemoe.bench_layer import build, load_cases, shares, steer
+from zemoe.bench.cases import build, load_cases, shares, steer
 from zemoe.kernels.triton import launch
 from zemoe.kernels.triton.grad_weight import grad_weight
 from zemoe.kernels.triton.moe_ffn import gate_up

@@ -37,8 +37,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.profiler import ProfilerActivity, profile
 from vllm.forward_context import set_forward_context
 
-from zemoe import bench_check, measure
-from zemoe.bench_layer import load_cases
+from zemoe.bench import check, timing
+from zemoe.bench.cases import load_cases
 
 TOKENS = (1, 8, 64, 512, 1024, 4096, 16384)
 MODES = ("eager", "replay", "compiled", "compiled-replay", "threads")
@@ -65,11 +65,11 @@ class Shape:
         H = self.layers.case.hidden_size
         return [torch.randn(T, H, device=DEVICE).to(DTYPE) for _ in range(count)]
 
-    def checked(self, T: int) -> tuple[Tensor, bench_check.Expected]:
+    def checked(self, T: int) -> tuple[Tensor, check.Expected]:
         """An input and what of the output is known to be right."""
         while True:
             (x_TH,) = self.inputs(T, 1)
-            wanted = bench_check.expected(self.layers.known, x_TH)
+            wanted = check.expected(self.layers.known, x_TH)
             if wanted.tokens:
                 return x_TH, wanted
 
@@ -80,7 +80,7 @@ class Shape:
             verdicts = dict(self.left_out) if mode.startswith("compiled") else {}
             counts: dict[str, float] = {}
             if not mode.endswith("replay"):
-                verdicts |= {name: bench_check.judge(call(x_TH), wanted) or RIGHT for name, call in sides.items()}
+                verdicts |= {name: check.judge(call(x_TH), wanted) or RIGHT for name, call in sides.items()}
                 right = {name: call for name, call in sides.items() if verdicts[name] == RIGHT}
                 counts = {name: launches(call, x_TH) for name, call in right.items()}
                 inputs = self.inputs(T, CALLS)
@@ -95,25 +95,25 @@ class Shape:
         found = {name: in_threads(call, self.inputs(T, 2)) for name, call in self.calls[False].items()}
         self.add(T, "threads", {}, found, {})
 
-    def replayed(self, sides: Calls, x_TH: Tensor, wanted: bench_check.Expected, verdicts: dict) -> dict[str, float]:
+    def replayed(self, sides: Calls, x_TH: Tensor, wanted: check.Expected, verdicts: dict) -> dict[str, float]:
         """Milliseconds a call of the sides whose graph, captured on other inputs, is right about x."""
         T, static = len(x_TH), self.inputs(len(x_TH), CALLS)
         replays = {}
         for name, call in sides.items():
-            replay = measure.capture(call, static)
+            replay = timing.capture(call, static)
             for at, out_TH in enumerate(replay.outputs):
                 kept = static[at].clone()
                 static[at].copy_(x_TH)
                 out_TH.fill_(float("nan"))
                 replay.graph.replay()
-                verdicts[name] = bench_check.judge(out_TH, wanted) or RIGHT
+                verdicts[name] = check.judge(out_TH, wanted) or RIGHT
                 static[at].copy_(kept)
                 if verdicts[name] != RIGHT:
                     break
             else:
                 replays[name] = replay
         batches = [self.inputs(T, CALLS) for _ in range(WARMUP + self.rounds)]
-        return medians(measure.cuda_replays(replays, {}, batches)) if replays else {}
+        return medians(timing.cuda_replays(replays, {}, batches)) if replays else {}
 
     def add(self, T: int, mode: str, ms: dict[str, float], verdicts: dict[str, str], counts: dict[str, float]) -> None:
         """A row a side, and one line on the screen."""

@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.workspace import init_workspace_manager
 
-from zemoe.bench_layer import Case
+from zemoe.bench.cases import Case
 from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs
 from zemoe.layer import MoE
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from corpus import END_OF_TEXT, LICENCES, SPECIAL_TOKENS, STYLES, sha256
 from tiny_model import Corpus, bits_per_byte, evaluate, load_shards, mean
-from zemoe.checkpoint import save_original_layout
+from zemoe.checkpoints.longcat import save_original_layout
 from zemoe.integrations.transformers import load_model
 from zemoe.routing import observe
 

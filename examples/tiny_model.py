@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from corpus import END_OF_TEXT, STYLES, Document, build
-from zemoe.checkpoint import original_layout
+from zemoe.checkpoints.longcat import original_layout
 from zemoe.integrations.transformers import applied
 from zemoe.routing import Observed
 

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zemoe import bench_check, bench_layer, reference
-from zemoe.baselines import BASELINES
+from zemoe import reference
+from zemoe.bench import cases, check
+from zemoe.bench.baselines import BASELINES
 
-CASE = bench_layer.Case(
+CASE = cases.Case(
     name="tiny",
     about="for these tests",
     hidden_size=32,
@@ -106,19 +107,19 @@ def test_baselines_compute_the_layer_on_its_weights(monkeypatch, name, dtype):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     with torch.inference_mode():
-        layer = bench_layer.build(CASE, dtype, torch.device("cpu"))
+        layer = cases.build(CASE, dtype, torch.device("cpu"))
         baseline = BASELINES[name]
         side = baseline.build(layer) if PARTS[name] is None else baseline.adapt(layer, *PARTS[name])
         for share in (None, 1.0, 0.0, 0.7):  # what steers the layer steers the baseline
-            bench_layer.steer(layer, share, None)
+            cases.steer(layer, share, None)
             x = torch.randn(12, 32).to(dtype)
-            wanted = bench_check.expected(layer, x)
-            assert len(wanted.tokens) == bench_check.TOKENS
+            wanted = check.expected(layer, x)
+            assert len(wanted.tokens) == check.TOKENS
             before = x.clone()
-            assert bench_check.judge(side(x), wanted) == bench_check.judge(layer(x), wanted) == ""
+            assert check.judge(side(x), wanted) == check.judge(layer(x), wanted) == ""
             assert torch.equal(x, before)
         layer.w2.zero_()
-        assert bench_check.judge(side(x), wanted), "the weights are the layer's own, not a copy"
+        assert check.judge(side(x), wanted), "the weights are the layer's own, not a copy"
 
 
 def test_every_baseline_is_tested_here():
@@ -155,9 +156,9 @@ def test_peers_that_are_installed(monkeypatch, name):
     torch.manual_seed(0)
     case = replace(CASE, hidden_size=512, intermediate_size=256)
     with torch.inference_mode():
-        layer = bench_layer.build(case, torch.bfloat16, torch.device("cuda"))
+        layer = cases.build(case, torch.bfloat16, torch.device("cuda"))
         side = baseline.build(layer)
         for share, tokens in ((None, 600), (0.5, 7)):
-            bench_layer.steer(layer, share, None)
+            cases.steer(layer, share, None)
             x = torch.randn(tokens, 512, device="cuda").bfloat16()
-            assert bench_check.judge(side(x), bench_check.expected(layer, x)) == ""
+            assert check.judge(side(x), check.expected(layer, x)) == ""

@@ -8,18 +8,22 @@ import json
 import re
 import struct
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
 from rich.console import Console
 
-from zemoe import MoE, bench, bench_check, bench_layer, bench_plan, bench_row, bench_show, measure
-from zemoe.baselines import BASELINES
+import zemoe
+from zemoe import MoE, machine
+from zemoe.bench import cases, check, command, request, table, timing
+from zemoe.bench.baselines import BASELINES
+from zemoe.bench.row import _WARMUP
+from zemoe.bench.timing import Ceilings, moe_floor, router_floor
 from zemoe.cli import main
-from zemoe.generate import CommandError
-from zemoe.measure import Ceilings, moe_floor, router_floor
+from zemoe.terminal import CommandError, figures
 
-TINY = bench_layer.Case(
+TINY = cases.Case(
     name="tiny",
     about="for these tests",
     hidden_size=32,
@@ -39,10 +43,10 @@ def quick(monkeypatch):
     """Two small cases, a machine whose ceilings are known, and one thread: two only wait for each other here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cases = {"tiny": TINY, "other": replace(TINY, name="other", num_experts=12, devices=())}
-    monkeypatch.setattr(bench_layer, "load_cases", lambda: cases)
+    known = {"tiny": TINY, "other": replace(TINY, name="other", num_experts=12, devices=())}
+    monkeypatch.setattr(cases, "load_cases", lambda: known)
     for name in ("cpu_ceilings", "cuda_ceilings"):
-        monkeypatch.setattr(measure, name, lambda dtype: AT)
+        monkeypatch.setattr(timing, name, lambda dtype: AT)
     yield
     torch.set_num_threads(threads)
 
@@ -76,10 +80,10 @@ def result(call):
 
 def test_the_cases_that_are_shipped(monkeypatch):
     monkeypatch.undo()
-    cases = bench_layer.load_cases()
+    shipped = cases.load_cases()
     sizes = {
         name: (case.hidden_size, case.intermediate_size, case.num_experts, case.num_zero_experts, case.top_k)
-        for name, case in cases.items()
+        for name, case in shipped.items()
     }
     assert sizes == {
         "lite": (3072, 1024, 256, 128, 12),
@@ -88,14 +92,14 @@ def test_the_cases_that_are_shipped(monkeypatch):
         "first": (1024, 512, 64, 32, 12),
         "second": (256, 128, 512, 256, 12),
     }
-    for case in cases.values():
+    for case in shipped.values():
         assert case.config.num_slots == case.num_experts + case.num_zero_experts
         assert case.tokens == tuple(sorted(case.tokens)) and case.tokens[0] == 1
         assert case.routed_scaling_factor == 6.0
-    assert cases["flash"].weight_bytes(2) == 2 * 512 * 3 * 2048 * 6144 + 4 * 768 * 6144
+    assert shipped["flash"].weight_bytes(2) == 2 * 512 * 3 * 2048 * 6144 + 4 * 768 * 6144
     for device in ("cpu", "cuda"):
-        assert any(device in case.devices for case in cases.values())
-    assert bench_layer.CASES_FILE.parent.name == "zemoe", "inside of the package, so that a wheel has it"
+        assert any(device in case.devices for case in shipped.values())
+    assert cases.CASES_FILE.parent.name == "bench", "inside of the package, so that a wheel has it"
 
 
 # ------------------------------------------------------------------------------------------------------------ asking
@@ -125,7 +129,7 @@ def test_the_cases_that_are_shipped(monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_asked_wrongly(call, monkeypatch, arguments, message):
-    monkeypatch.setattr(bench, "_measure_case", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(command, "_measure_case", lambda *_: pytest.fail("measured"))
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("zemoe: error: ") and err.count("\n") == 1
@@ -133,23 +137,23 @@ def test_asked_wrongly(call, monkeypatch, arguments, message):
 
 
 def test_memory_is_checked_first(call, monkeypatch):
-    monkeypatch.setattr(bench_plan, "free_bytes", lambda device: 40_000)
-    monkeypatch.setattr(bench_layer, "build", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(request, "free_bytes", lambda device: 40_000)
+    monkeypatch.setattr(cases, "build", lambda *_: pytest.fail("allocated"))
     code, _, err = call()
     assert code == 1
     assert "tiny needs 0.0 GB of weights and up to" in err and "but cpu has 0.0 GB left" in err
-    monkeypatch.setattr(bench_plan, "free_bytes", lambda device: None)
+    monkeypatch.setattr(request, "free_bytes", lambda device: None)
     with pytest.raises(pytest.fail.Exception, match="allocated"):
         call()
 
 
 def test_free_memory_is_known_on_linux():
-    free = bench_plan.free_bytes(torch.device("cpu"))
+    free = request.free_bytes(torch.device("cpu"))
     assert free is None or 10**7 < free < 10**14
 
 
 def test_a_plot_without_matplotlib(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(request, "find_spec", lambda name: None)
     code, _, err = call("--plot", tmp_path / "layer.png")
     assert code == 1 and "pip install 'zemoe[report]'" in err
 
@@ -164,7 +168,7 @@ def test_absent_baselines_are_named(call, monkeypatch):
     for name in ("vllm", "sonicmoe", "liger"):
         assert f"{name}: not installed" in out
         assert f"{name} ms" not in out
-    monkeypatch.setattr("zemoe.baselines.find_spec", lambda name: object())
+    monkeypatch.setattr("zemoe.bench.baselines.find_spec", lambda name: object())
     assert "vllm: runs on cuda only" in call(*asked)[1]
 
 
@@ -215,7 +219,7 @@ BROKEN = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_layer_is_not_timed(call, monkeypatch, tmp_path, how, dtype):
     monkeypatch.setattr(MoE, "forward", BROKEN[how])
-    monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
     code, out, err = call("--dtype", dtype, "--tokens", 30, "--csv", tmp_path / "rows.csv")
     assert code == 1
     assert err.startswith("zemoe: error: zemoe is wrong, tiny at T = 30: ") and err.count("\n") == 1
@@ -229,11 +233,9 @@ def test_a_broken_baseline_is_named_and_not_timed(call, monkeypatch, tmp_path, h
     def adapt(layer):
         return lambda x: BROKEN[how](layer, x) if len(x) == 30 else layer(x)
 
-    timed, interleaved = [], measure.interleaved
+    timed, interleaved = [], timing.interleaved
     monkeypatch.setitem(BASELINES, "eager", replace(BASELINES["eager"], parts=(), adapt=adapt))
-    monkeypatch.setattr(
-        measure, "interleaved", lambda sides, *rest: timed.append([*sides]) or interleaved(sides, *rest)
-    )
+    monkeypatch.setattr(timing, "interleaved", lambda sides, *rest: timed.append([*sides]) or interleaved(sides, *rest))
     path = tmp_path / "rows.csv"
     code, out, err = call("--tokens", "5,30", "--dtype", dtype, "--csv", path)
     assert (code, err) == (1, "")
@@ -249,10 +251,10 @@ def test_a_broken_baseline_is_named_and_not_timed(call, monkeypatch, tmp_path, h
 
 def test_tokens_whose_choice_is_a_matter_of_rounding_are_not_checked():
     torch.manual_seed(0)
-    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
+    layer = cases.build(TINY, torch.float32, torch.device("cpu"))
     x = torch.randn(3, 32)
     layer.router.classifier.weight[1:] = layer.router.classifier.weight[0]  # all slots are equal
-    assert bench_check.expected(layer, x).tokens == []
+    assert check.expected(layer, x).tokens == []
 
 
 # -------------------------------------------------------------------------------------------------------- the routing
@@ -261,10 +263,10 @@ def test_tokens_whose_choice_is_a_matter_of_rounding_are_not_checked():
 @pytest.mark.parametrize("asked", [0.0, 0.33, 0.67, 0.9, 1.0])
 def test_zero_share_is_what_was_asked(asked):
     torch.manual_seed(0)
-    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
+    layer = cases.build(TINY, torch.float32, torch.device("cpu"))
     x = torch.randn(4000, 32)
     free = layer.router(x)
-    bench_layer.steer(layer, asked, None)
+    cases.steer(layer, asked, None)
     found = layer.router(x)
     zero = (found.topk_ids_TK >= 8).float().mean().item()
     assert zero == pytest.approx(asked, abs=0 if asked in (0, 1) else 0.02)
@@ -274,8 +276,8 @@ def test_zero_share_is_what_was_asked(asked):
 @pytest.mark.parametrize(("zero_share", "skew"), [(None, 0.3), (0.75, 0.6), (0.0, 0.2)])
 def test_skew_is_what_was_asked(zero_share, skew):
     torch.manual_seed(0)
-    layer = bench_layer.build(TINY, torch.float32, torch.device("cpu"))
-    bench_layer.steer(layer, zero_share, skew)
+    layer = cases.build(TINY, torch.float32, torch.device("cpu"))
+    cases.steer(layer, zero_share, skew)
     ids = layer.router(torch.randn(4000, 32)).topk_ids_TK
     real = ids[ids < 8]
     assert (real == 0).float().mean().item() == pytest.approx(skew, abs=0.02)
@@ -288,9 +290,9 @@ def test_shares_out_of_reach_are_refused(call):
     code, _, err = call("--skew", 0.9, "--tokens", 3)
     assert code == 2 and "tiny: --skew 0.9 is out of reach: a token makes" in err and "larger --zero-share" in err
     few = replace(TINY, num_zero_experts=2)
-    layer = bench_layer.build(few, torch.float32, torch.device("cpu"))
+    layer = cases.build(few, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"zero-share 0\.9 is out of reach: .* get to 0\.50"):
-        bench_layer.steer(layer, 0.9, None)
+        cases.steer(layer, 0.9, None)
 
 
 def test_realised_shares_are_reported(call, result):
@@ -335,11 +337,11 @@ def test_the_row_of_a_layer_with_all_choices_real(result):
 def test_medians_and_ratios(result, monkeypatch):
     def spent(sides, inputs, after):
         assert list(sides) == ["zemoe", "torch", "eager"]
-        assert len(inputs) == 3 + bench_row._WARMUP["cpu"]
+        assert len(inputs) == 3 + _WARMUP["cpu"]
         assert len({x.data_ptr() for x in inputs}) == len(inputs) and all(x.std() > 0.5 for x in inputs)
         return {name: [99.0] * 2 + [9 * scale, scale, 2 * scale] for scale, name in zip((1, 3, 8), sides, strict=True)}
 
-    monkeypatch.setattr(measure, "interleaved", spent)
+    monkeypatch.setattr(timing, "interleaved", spent)
     (row,) = result("--tokens", 50, "--repeats", 3)["rows"]
     assert (row["ms"], row["best_ms"]) == (2000, 1000)
     assert (row["torch_ms"], row["torch_ratio"], row["torch_best_ms"]) == (6000, 3, 3000)
@@ -376,13 +378,13 @@ def test_table(call):
 
 def test_json(result):
     found = result("--tokens", "1,3", "--baseline", "torch,vllm", "--seed", 4)
-    assert (found["finish"], found["zemoe"]) == ("done", bench.__version__)
+    assert (found["finish"], found["zemoe"]) == ("done", zemoe.__version__)
     assert found["baselines"] == {"torch": "timed", "vllm": "not installed"}
     assert found["notes"] == ["vllm: not installed"]
     assert [case["name"] for case in found["cases"]] == ["tiny"]
     about = found["about"]
     assert (about["seed"], about["repeats"], about["read_gb_s"], about["product_tflop_s"]) == (4, 2, 1, 0.01)
-    assert about["torch"] == torch.__version__ and about["device"] and about["commit"] == bench.commit()
+    assert about["torch"] == metadata.version("torch") and about["device"] and about["commit"] == machine.commit()
     assert [row["T"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
         assert (row["case"], row["dtype"], row["backend"], row["method"]) == ("tiny", "float32", "cpu", "clock")
@@ -402,14 +404,14 @@ def test_csv(call, tmp_path):
     assert [row["T"] for row in rows] == ["1", "5"]
     for row in rows:
         assert float(row["eager_ratio"]) == pytest.approx(float(row["eager_ms"]) / float(row["ms"]), rel=1e-4)
-        assert (row["zero_share_asked"], row["torch"]) == ("", torch.__version__)
+        assert (row["zero_share_asked"], row["torch"]) == ("", metadata.version("torch"))
         assert row["commit"] == "0123abc"
 
 
 def test_commit(monkeypatch):
-    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", bench.commit())
+    assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", machine.commit())
     monkeypatch.setenv("PATH", "")
-    assert bench.commit() == "unknown"
+    assert machine.commit() == "unknown"
 
 
 def test_plot(call, tmp_path):
@@ -427,22 +429,22 @@ def test_plot(call, tmp_path):
 
 def test_progress(call, monkeypatch):
     said, reached = [], []
-    monkeypatch.setattr(bench_show.Progress, "say", lambda self, text: said.append(text))
-    monkeypatch.setattr(bench_show.Progress, "reached", lambda self, rows: reached.append(rows))
+    monkeypatch.setattr(table.Progress, "say", lambda self, text: said.append(text))
+    monkeypatch.setattr(table.Progress, "reached", lambda self, rows: reached.append(rows))
     call("--tokens", "1,5", "--zero-share", "0.5")
     assert said == ["tiny: making the weights", "tiny, T = 1, zero share 0.5", "tiny, T = 5, zero share 0.5"]
     assert reached == [0.25, 0.5, 0.75, 1, 1, 1.25, 1.5, 1.75, 2, 2]
 
 
 def test_interrupted(call, monkeypatch, tmp_path):
-    timed = measure.interleaved
+    timed = timing.interleaved
 
     def spent(sides, inputs, after):
         if inputs[0].shape[0] == 5:
             raise KeyboardInterrupt
         return timed(sides, inputs, after)
 
-    monkeypatch.setattr(measure, "interleaved", spent)
+    monkeypatch.setattr(timing, "interleaved", spent)
     path = tmp_path / "rows.csv"
     code, out, err = call("--tokens", "1,5,9", "--csv", path)
     assert (code, err) == (130, "")
@@ -458,7 +460,7 @@ def test_interrupted(call, monkeypatch, tmp_path):
     [(None, "-"), (0, "0"), (1234.5, "1230"), (99.96, "100"), (12.34, "12.3"), (1.0, "1.00"), (0.01234, "0.0123")],
 )
 def test_figures(value, shown):
-    assert bench_show.figures(value) == shown
+    assert figures(value) == shown
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPU
@@ -468,8 +470,8 @@ def test_figures(value, shown):
 def test_on_a_gpu(monkeypatch):
     """Replays up to T = 512, events above and for what waits for the device."""
     console = Console(file=io.StringIO())
-    request = bench_plan.BenchRequest(device="cuda", tokens=(1, 64, 600), cases=("tiny",), repeats=3)
-    code, found = bench.run(request, console, console)
+    asked = request.BenchRequest(device="cuda", tokens=(1, 64, 600), cases=("tiny",), repeats=3)
+    code, found = command.run(asked, console, console)
     assert (code, found["finish"]) == (0, "done")
     assert [row["method"] for row in found["rows"]] == ["replay", "replay", "events"]
     assert [row["torch_method"] for row in found["rows"]] == ["replay", "replay", "events"]
@@ -478,12 +480,12 @@ def test_on_a_gpu(monkeypatch):
     assert any("no larger than the cache" in note for note in found["notes"])
     monkeypatch.setattr(MoE, "forward", lambda self, x: torch.zeros_like(x))
     with pytest.raises(CommandError, match="zemoe is wrong"):
-        bench.run(request, console, console)
+        command.run(asked, console, console)
 
 
 @pytest.mark.gpu
 def test_ceilings_of_a_gpu(monkeypatch):
     monkeypatch.undo()
-    at = measure.cuda_ceilings(read_bytes=2**28, matrix_size=1024, repeats=2)
+    at = timing.cuda_ceilings(read_bytes=2**28, matrix_size=1024, repeats=2)
     assert 1e10 < at.bytes_per_second < 2e13
     assert 1e11 < at.flops_per_second < 5e15

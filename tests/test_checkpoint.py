@@ -13,8 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_tiny import SIZES, tiny_model
-from zemoe import checkpoint
-from zemoe.checkpoint import CheckpointError, Manifest, expected_shapes, original_layout, transformers_layout, verify
+from zemoe.checkpoints import longcat
+from zemoe.checkpoints.longcat import (
+    CheckpointError,
+    Manifest,
+    expected_shapes,
+    original_layout,
+    transformers_layout,
+    verify,
+)
 
 CONFIG = {**SIZES, "model_type": "longcat_flash", "architectures": ["LongcatFlashForCausalLM"]}
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -43,7 +50,7 @@ def write_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
-    (folder / checkpoint.INDEX_NAME).write_text(json.dumps(index))
+    (folder / longcat.INDEX_NAME).write_text(json.dumps(index))
     return folder
 
 
@@ -57,7 +64,7 @@ def test_expected_names_and_shapes_are_those_that_transformers_writes(tmp_path, 
     dead_rows = "original" if changes.get("zero_expert_num") == 0 else "transformers"
     for folder, layout in ((tmp_path / "default", dead_rows), (tmp_path / "packed", "packed")):
         written = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
-        assert written == expected_shapes(checkpoint.read_config(folder), layout)
+        assert written == expected_shapes(longcat.read_config(folder), layout)
         assert verify(folder).layout == layout
 
 
@@ -97,7 +104,7 @@ def test_what_belongs_beside_a_model_is_no_error(tmp_path):
     torch.save({}, tmp_path / "optimizer.pt")
     manifest = verify(tmp_path)
     assert set(manifest.tensors) == set(tensors)
-    assert set(dict(checkpoint.stream(manifest))) == set(tensors)
+    assert set(dict(longcat.stream(manifest))) == set(tensors)
 
 
 class Executed:
@@ -309,9 +316,9 @@ def test_damage_is_named_and_nothing_runs(tmp_path, damage):
 
 def edit_index(edit: Callable[[dict], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        index = json.loads((folder / checkpoint.INDEX_NAME).read_text())
+        index = json.loads((folder / longcat.INDEX_NAME).read_text())
         edit(index)
-        (folder / checkpoint.INDEX_NAME).write_text(json.dumps(index))
+        (folder / longcat.INDEX_NAME).write_text(json.dumps(index))
 
     return apply
 
@@ -327,25 +334,25 @@ SHARD_DAMAGE = {
         lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
         ["model-00002-of-00002.safetensors", "No such file"],
     ),
-    "index cut short": (lambda f: (f / checkpoint.INDEX_NAME).write_text('{"weight'), [checkpoint.INDEX_NAME, "JSON"]),
+    "index cut short": (lambda f: (f / longcat.INDEX_NAME).write_text('{"weight'), [longcat.INDEX_NAME, "JSON"]),
     "index without a map": (
         edit_index(lambda i: i.pop("weight_map")),
-        [checkpoint.INDEX_NAME, "weight_map"],
+        [longcat.INDEX_NAME, "weight_map"],
     ),
-    "index without metadata": (edit_index(lambda i: i.pop("metadata")), [checkpoint.INDEX_NAME, "metadata"]),
+    "index without metadata": (edit_index(lambda i: i.pop("metadata")), [longcat.INDEX_NAME, "metadata"]),
     "index whose metadata is a list": (edit_index(lambda i: i.update(metadata=[])), ["index.json", "metadata"]),
-    "tensor not in the index": (edit_index(lambda i: i["weight_map"].pop(EXPERT)), [EXPERT, checkpoint.INDEX_NAME]),
+    "tensor not in the index": (edit_index(lambda i: i["weight_map"].pop(EXPERT)), [EXPERT, longcat.INDEX_NAME]),
     "index promises too much": (
         edit_index(lambda i: i["weight_map"].update(more="model-00001-of-00002.safetensors")),
         ["model-00001-of-00002.safetensors", "tensor more", "missing"],
     ),
     "index leads outside": (
         edit_index(lambda i: i["weight_map"].update({EXPERT: "../model-00001-of-00002.safetensors"})),
-        [checkpoint.INDEX_NAME, EXPERT, "../"],
+        [longcat.INDEX_NAME, EXPERT, "../"],
     ),
     "index names a pickle": (
         edit_index(lambda i: i["weight_map"].update({EXPERT: "pytorch_model.bin"})),
-        [checkpoint.INDEX_NAME, EXPERT, "pytorch_model.bin"],
+        [longcat.INDEX_NAME, EXPERT, "pytorch_model.bin"],
     ),
     "tensor in two files": (put_twice, ["model-00002-of-00002.safetensors", "also in model-00001"]),
 }
@@ -374,7 +381,7 @@ def test_a_folder_that_is_none(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stream_gives_every_tensor_as_it_is(tmp_path, layout):
     tensors = tensors_of(layout)
-    streamed = dict(checkpoint.stream(write_shards(tmp_path, tensors)))
+    streamed = dict(longcat.stream(write_shards(tmp_path, tensors)))
     assert streamed.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(streamed[name], tensor)
@@ -402,7 +409,7 @@ def test_layouts_map_to_each_other(source):
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
 def test_save_original_layout(tmp_path, source, max_shard_bytes):
     folder = write(tmp_path / "source", tensors_of(source))
-    saved = checkpoint.save_original_layout(checkpoint.stream(folder), tmp_path / "saved", CONFIG, max_shard_bytes)
+    saved = longcat.save_original_layout(longcat.stream(folder), tmp_path / "saved", CONFIG, max_shard_bytes)
     assert isinstance(saved, Manifest)
     assert saved.layout == "original"
     assert (len(saved.files) == 1) == (max_shard_bytes == 10**9)
@@ -411,7 +418,7 @@ def test_save_original_layout(tmp_path, source, max_shard_bytes):
         size = sum(info.num_bytes for info in saved.tensors.values() if info.file == file)
         assert size <= max(max_shard_bytes, largest)
     expected = dict(original_layout(tensors_of(source).items(), 5))
-    for name, tensor in checkpoint.stream(saved):
+    for name, tensor in longcat.stream(saved):
         assert torch.equal(tensor, expected[name])
 
 
@@ -423,7 +430,7 @@ def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path):
             yield name, tensor
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_original_layout(interrupted(), tmp_path, CONFIG, 10_000)
+        longcat.save_original_layout(interrupted(), tmp_path, CONFIG, 10_000)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(CheckpointError, match="no such file"):
         verify(tmp_path)
@@ -432,7 +439,7 @@ def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path):
 def test_save_refuses_a_used_folder_and_a_config_that_cannot_be(tmp_path):
     write(tmp_path, tensors_of("original"))
     with pytest.raises(ValueError, match=r"must not hold weights yet.*model\.safetensors"):
-        checkpoint.save_original_layout([], tmp_path, CONFIG)
+        longcat.save_original_layout([], tmp_path, CONFIG)
     with pytest.raises(CheckpointError, match="hidden_size"):
-        checkpoint.save_original_layout([], tmp_path / "new", CONFIG | {"hidden_size": 0})
+        longcat.save_original_layout([], tmp_path / "new", CONFIG | {"hidden_size": 0})
     assert not (tmp_path / "new").exists()

@@ -15,8 +15,8 @@ import zemoe.integrations.transformers as bridge
 from tiny_checkpoint import write_checkpoint
 from transformers_shared import logits_of
 from transformers_tiny import SIZES, tiny_config, tiny_ids, tiny_model
-from zemoe.checkpoint import CheckpointError, count_numbers, verify
-from zemoe.checkpoint_config import READ, check_config
+from zemoe.checkpoints.config import READ, check_config
+from zemoe.checkpoints.longcat import CheckpointError, count_numbers, verify
 
 CONFIG = {**SIZES, "model_type": "longcat_flash"}
 BILLION = 10**9

@@ -15,8 +15,8 @@ import transformers_shared
 import zemoe.integrations.transformers as bridge
 from tiny_checkpoint import BLOCK, write_fp8
 from transformers_shared import assert_ours, logits_of
-from zemoe.checkpoint import INDEX_NAME, CheckpointError, verify
-from zemoe.checkpoint_fp8 import SUFFIX, dequantize, save_dequantized, stream_dequantized, verify_quantized
+from zemoe.checkpoints.fp8 import SUFFIX, dequantize, save_dequantized, stream_dequantized, verify_quantized
+from zemoe.checkpoints.longcat import INDEX_NAME, CheckpointError, verify
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

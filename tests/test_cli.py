@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import zemoe
 from tiny_checkpoint import CONTEXT, byte_tokenizer, write_checkpoint
-from zemoe import generate as generate_module
 from zemoe.cli import app, main
 from zemoe.experts import BACKENDS
-from zemoe.generate import EMBEDDED, OPENINGS
+from zemoe.generate import command as generate_module
+from zemoe.generate.command import EMBEDDED, OPENINGS
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_context_ends_it(generate):
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_backend_is_the_one_that_computes(generate, monkeypatch, name):
     """Both backends' ops are counted, so a name that is shown but not used would be found out."""
-    monkeypatch.setattr("zemoe.generate.compile_loops", lambda *_: None)
+    monkeypatch.setattr("zemoe.generate.command.compile_loops", lambda *_: None)
     calls = {"cpu": 0, "torch": 0}
     for backend in calls:
         ops = {field: getattr(BACKENDS[backend], field) for field in ("moe_ffn", "infer")}

@@ -16,7 +16,7 @@ import time
 import pytest
 
 from tiny_checkpoint import CONTEXT, write_checkpoint
-from zemoe.generate import OPENINGS
+from zemoe.generate.command import OPENINGS
 
 PROGRAM = [sys.executable, "-c", "import sys; from zemoe_main import main; sys.exit(main())"]
 # The same with the pseudo-terminal as controlling terminal, so that a typed Ctrl-C becomes a signal, and with that

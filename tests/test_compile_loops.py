@@ -16,7 +16,9 @@ NOTE = "zemoe: compiling loops for this CPU, once; it takes about ten seconds"
 PROGRAM = """
 import sys
 from numba.core import event
-from zemoe import bench, cli, compile_loops, generate
+from zemoe import cli, compile_loops
+from zemoe.bench import command as bench
+from zemoe.generate import command as generate
 from zemoe.training import run
 
 late = []

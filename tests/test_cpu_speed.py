@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from judge import one_thread
+from zemoe.bench.timing import Ceilings, cpu_ceilings, interleaved, moe_floor
 from zemoe.experts import fused_experts
 from zemoe.kernels.cpu import experts as cpu_experts
 from zemoe.kernels.cpu import products
-from zemoe.measure import Ceilings, cpu_ceilings, interleaved, moe_floor
 from zemoe.plan import make_plan
 from zemoe.routing import select_experts
 

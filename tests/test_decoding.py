@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tiny_checkpoint import byte_tokenizer
 from transformers_tiny import tiny_model
-from zemoe.decoding import Generation, Sampling, TextStream, Token, draw, generate
+from zemoe.generate.decoding import Generation, Sampling, TextStream, Token, draw, generate
 from zemoe.integrations.transformers import patch_
 
 PROMPT = [5, 9, 23, 40, 41]

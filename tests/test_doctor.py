@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zemoe
-from zemoe import doctor
+from zemoe import doctor, machine
 from zemoe.cli import main
 from zemoe.experts import BACKENDS, resolve_backend
 
@@ -35,7 +35,7 @@ def test_json(capsys):
     assert {"transformers", "triton", "numpy"} <= set(found["versions"])
     assert found["untested"] == [] and set(found["tested"]) < set(found["versions"])
     assert found["threads"] == {"torch": torch.get_num_threads(), "processors": os.cpu_count()}
-    assert list(found["devices"]) == doctor.usable_devices()
+    assert list(found["devices"]) == machine.usable_devices()
     seen = {(check["device"], check["dtype"], check["backend"]) for check in found["checks"]}
     dtypes = ("float32", "bfloat16", "float16")
     assert seen == {(d, t, b) for d in found["devices"] for t in dtypes for b in BACKENDS}
@@ -57,14 +57,14 @@ def test_text(capsys):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "triton tuned: 9.0 (H100, H200)" in lines
     assert any(line.startswith("triton compiled, not tuned: 8.0 (A100), 8.6 (A10, RTX 30), 8.9") for line in lines)
-    assert out.count("chosen, the first that works") == 3 * len(doctor.usable_devices())
+    assert out.count("chosen, the first that works") == 3 * len(machine.usable_devices())
     assert "FAILED" not in out
 
 
 def test_an_untested_version_is_told(monkeypatch, capsys):
     """It fails nothing: what the self-test finds is what counts."""
-    real = doctor.metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "9.1.2" if name == "transformers" else real(name))
+    real = machine.metadata.version
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "9.1.2" if name == "transformers" else real(name))
     assert main(["doctor"]) == 0
     told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "untested" in line]
     assert told == ["transformers 9.1.2 untested: zemoe was tested with 5.17 to 5.24"]
@@ -129,14 +129,14 @@ def test_a_backend_that_cant_work_here(monkeypatch, capsys):
 
 
 def test_what_isnt_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "_PACKAGES", ("torch", "no-such-package-anywhere"))
-    assert doctor.versions()["no-such-package-anywhere"] is None
+    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package-anywhere"))
+    assert machine.versions()["no-such-package-anywhere"] is None
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_device(device):
-    assert device in doctor.usable_devices()
-    assert doctor.device_name(device)
+    assert device in machine.usable_devices()
+    assert machine.device_name(device)
 
 
 @pytest.mark.gpu
@@ -149,4 +149,4 @@ def test_self_test_on_a_gpu():
 
 def test_a_device_without_a_name(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.mps)
-    assert doctor.device_name("mps:0") == "mps:0"
+    assert machine.device_name("mps:0") == "mps:0"

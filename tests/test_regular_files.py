@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tiny_checkpoint import byte_tokenizer
+from zemoe.checkpoints.tokenizer import TokenizerError, guarded, read_tokenizer
 from zemoe.messages import LONGEST, one_line
 from zemoe.regular_files import kind_of, parse_json, read_bytes
-from zemoe.tokenizer_files import TokenizerError, guarded, read_tokenizer
 
 
 @pytest.mark.parametrize(

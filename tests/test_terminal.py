@@ -9,8 +9,9 @@ import pytest
 from rich.cells import cell_len
 
 from terminals import make_terminal
-from zemoe.decoding import Generation, Token
-from zemoe.terminal import SHADES, Painter, Scale, bar, open_console, summary
+from zemoe.generate.decoding import Generation, Token
+from zemoe.generate.painter import Painter, Scale, summary
+from zemoe.terminal import SHADES, bar, open_console
 
 ESCAPE = "\x1b"
 SCALE = Scale.of_chance(16, 8, 6, 4)

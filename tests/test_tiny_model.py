@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from zemoe.checkpoint import expected_shapes, verify
+from zemoe.checkpoints.longcat import expected_shapes, verify
 from zemoe.integrations.transformers import load_model
 from zemoe.routing import observe
 

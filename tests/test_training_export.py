@@ -14,9 +14,9 @@ from transformers import LongcatFlashForCausalLM
 import training_worker
 from tiny_checkpoint import write_checkpoint
 from training_worker import settings_for
-from zemoe.checkpoint import verify
+from zemoe.checkpoints.longcat import verify
 from zemoe.cli import main
-from zemoe.generate import EMBEDDED
+from zemoe.generate.command import EMBEDDED
 from zemoe.integrations.transformers import load_model
 from zemoe.training import export, run, train
 from zemoe.training.model import start_folder

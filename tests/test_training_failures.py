@@ -13,7 +13,7 @@ import pytest
 
 import training_worker
 from training_worker import failing_rank, settings_for, start
-from zemoe.checkpoint import verify
+from zemoe.checkpoints.longcat import verify
 from zemoe.training.state import Reader
 
 whole = training_worker.whole

@@ -25,7 +25,7 @@ from training_worker import (
     with_small_files,
     write_text,
 )
-from zemoe.checkpoint import verify
+from zemoe.checkpoints.longcat import verify
 from zemoe.cli import main
 from zemoe.training import command
 from zemoe.training.data import Corpus, read_cache

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import training_worker
 from tiny_checkpoint import write_checkpoint
 from training_worker import ended, losses, one_rank, records, settings_for, start
-from zemoe.checkpoint import verify
+from zemoe.checkpoints.longcat import verify
 from zemoe.integrations.transformers_layers import ZeroExpertLongcatMoE
 from zemoe.training import parallel, state, train
 from zemoe.training.files import Files, prepare

@@ -22,7 +22,7 @@ import zemoe
 import zemoe.integrations.transformers as bridge
 from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, global_state, greedy, logits_of
 from transformers_tiny import tiny_config, tiny_model
-from zemoe.checkpoint import verify
+from zemoe.checkpoints.longcat import verify
 from zemoe.experts import BACKENDS
 from zemoe.integrations import transformers_patch
 from zemoe.integrations.transformers_layers import layer_config

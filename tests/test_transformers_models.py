@@ -33,7 +33,7 @@ import zemoe
 import zemoe.integrations.transformers as bridge
 from transformers_shared import TOLERANCE, StockMoE, assert_ours, greedy, logits_of
 from transformers_tiny import tiny_config, tiny_model
-from zemoe.checkpoint import CheckpointError, verify
+from zemoe.checkpoints.longcat import CheckpointError, verify
 from zemoe.integrations.transformers_layers import expert_rank
 
 # Fixtures

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import zemoe
-from zemoe.checkpoint import INDEX_NAME, CheckpointError
+from zemoe.checkpoints.longcat import INDEX_NAME, CheckpointError
 from zemoe.integrations.transformers_cache import CACHE
 from zemoe.integrations.transformers_moepp import load_moepp, save_moepp
 from zemoe.integrations.transformers_moepp_model import MoEPlusPlusForCausalLM

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeLiteConfig, Qwen3MoeConfig
 
-from zemoe.checkpoint import CheckpointError
+from zemoe.checkpoints.longcat import CheckpointError
 from zemoe.integrations.transformers_retrofit import unretrofit_
 from zemoe.integrations.transformers_zeda import load_zeda
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM, PreTrainedTokenizerFast
 
 from vllm_fp8 import BLOCK, in_blocks
-from zemoe.checkpoint import save_original_layout
+from zemoe.checkpoints.longcat import save_original_layout
 
 # H = 224 is no multiple of 256, but of 32, which vLLM's own experts ask for; E = 6, Z = 5 and K = 4 differ, so that a
 # mix-up shows; two layers: one may be wrong.

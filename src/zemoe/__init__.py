@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ._version import __version__
 from .affine import AffineParams
 from .balance import (
     adamoe_balance_loss,
@@ -23,8 +24,6 @@ from .retrofit import zero_experts_disabled
 from .routing import Router, Routing, observe, select_experts
 from .statistics import BiasTrajectory, RoutingStatistics, RoutingTally, gradient_ratios, router_cosines
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AffineParams",
     "BiasTrajectory",
@@ -38,6 +37,7 @@ __all__ = [
     "RoutingTally",
     "SharedExperts",
     "ZeroExpertFusedMoE",
+    "__version__",
     "adamoe_balance_loss",
     "fused_experts",
     "gradient_ratios",

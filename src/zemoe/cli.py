@@ -49,7 +49,7 @@ def _notes() -> Iterator[None]:
 def _one_line_errors() -> Iterator[None]:
     import typer
 
-    from .generate import CommandError
+    from .terminal import CommandError
 
     try:
         yield
@@ -64,7 +64,7 @@ def _one_line_errors() -> Iterator[None]:
 def _print_version(wanted: bool) -> None:
     import typer
 
-    from . import __version__
+    from ._version import __version__
 
     if wanted:
         print(f"zemoe {__version__}")
@@ -79,11 +79,12 @@ def app() -> "typer.Typer":
     """The command line as typer has it."""
     import typer
 
-    from .baselines import BASELINES
-    from .bench_layer import load_cases
-    from .decoding import Sampling
+    from .bench.baselines import BASELINES
+    from .bench.cases import load_cases
     from .experts import BACKENDS
-    from .generate import DTYPES, EMBEDDED, CommandError, Request
+    from .generate.command import DTYPES, EMBEDDED, Request
+    from .generate.decoding import Sampling
+    from .terminal import CommandError
 
     cli = typer.Typer(
         name="zemoe",
@@ -127,7 +128,7 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Write text with a zero-expert language model, each token shaded by the FFN experts that it used."""
-        from .generate import run
+        from .generate.command import run
         from .terminal import open_console
 
         with _one_line_errors():
@@ -158,8 +159,8 @@ def app() -> "typer.Typer":
         as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     ) -> None:
         """Show versions, devices and backends, and test every backend against the reference."""
-        from .doctor import examine
-        from .terminal import findings, open_console
+        from .doctor import examine, findings
+        from .terminal import open_console
 
         found = examine()
         if as_json:
@@ -213,8 +214,8 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Time one layer, router included, beside baselines and the machine's floor, after checking all of them."""
-        from .bench import run
-        from .bench_plan import BenchRequest, numbers
+        from .bench.command import run
+        from .bench.request import BenchRequest, numbers
         from .terminal import open_console
 
         with _one_line_errors():

@@ -6,55 +6,28 @@ T tokens, H hidden size, I expert width, E FFN experts, K choices a token.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from . import __version__, reference
+from . import reference
 from .affine import AffineParams
 from .experts import BACKENDS, fused_experts, resolve_backend
 from .kernels.triton import gpus
+from .machine import device_name, usable_devices, versions
+from .terminal import plain_table
 from .versions import TESTED, is_tested, range_of
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy", "vllm", "sglang")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
 # of which one gets none.
 _T, _H, _I, _E, _K = 8, 37, 19, 5, 4
 _KINDS = (("constant", 2), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
-
-
-def usable_devices() -> list[str]:
-    """Names of the devices that torch can compute on here: "cpu", and each accelerator with its number."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return ["cpu"]
-    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
-
-
-def versions() -> dict[str, str | None]:
-    """{package: version}, None for one that isn't installed."""
-    found: dict[str, str | None] = {"zemoe": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def device_name(device: str) -> str:
-    """What the machine calls it, or `device` itself where torch can't say."""
-    if device == "cpu":
-        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
-        return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
-    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
-    return name_of(device) if name_of else device  # torch.mps has no names
 
 
 def _described(device: str) -> str:
@@ -197,3 +170,29 @@ def examine() -> dict[str, Any]:
         "backends": {name: backend.about for name, backend in BACKENDS.items()},
         "checks": [asdict(check) for check in checks],
     }
+
+
+def findings(found: dict[str, Any]) -> list[Table]:
+    """The tables of `zemoe doctor`, from `examine`."""
+    installed = plain_table("versions")
+    for name, version in found["versions"].items():
+        tested = found["tested"].get(name)
+        about = Text(f"tested: {tested}" if tested else "", style="dim")
+        if name in found["untested"]:
+            about = Text(f"untested: zemoe was tested with {tested}", style="bold yellow")
+        installed.add_row(name, version or "not installed", about)
+    devices = plain_table("devices")
+    for name, about in found["devices"].items():
+        devices.add_row(name, Text(about))
+    for tuned, what in ((True, "tuned"), (False, "compiled, not tuned")):
+        parts = [f"{gpu['capability']} ({gpu['examples']})" for gpu in found["gpus"] if gpu["tuned"] == tuned]
+        devices.add_row("triton", Text(f"{what}: {', '.join(parts)}", style="dim"))
+    results = plain_table("backends and their self-test")
+    for check in found["checks"]:
+        why, verdict = Text(check["why"], style="" if check["usable"] else "dim"), Text()
+        if check["usable"]:
+            verdict = Text("ok", style="green") if check["ok"] else Text("FAILED", style="bold red")
+            verdict.append(f" {check['error']:.2f} of the allowed error", style="default")
+            verdict.append("" if check["ok"] else f" in the {check['what']}", style="default")
+        results.add_row(check["device"], check["dtype"], check["backend"], why, verdict)
+    return [installed, devices, results]

@@ -24,10 +24,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.monkey_patching import get_patch_mapping
 
-from ..checkpoint import CheckpointError, save_tensors, transformers_layout
-from ..checkpoint_config import READ
-from ..checkpoint_fp8 import QuantizedManifest, read_config, verify_any
-from ..weight_files import load_json
+from ..checkpoints.config import READ
+from ..checkpoints.files import load_json
+from ..checkpoints.fp8 import QuantizedManifest, read_config, verify_any
+from ..checkpoints.longcat import CheckpointError, save_tensors, transformers_layout
 from . import transformers_conversions as conversions
 from . import transformers_experts as by_name
 from .transformers_fp8 import load_dequantized
@@ -212,17 +212,17 @@ def load_model(
 ) -> modeling.LongcatFlashForCausalLM:
     """Load a LongCat-Flash checkpoint folder with our layers, in evaluation mode.
 
-    The folder is verified first (`zemoe.checkpoint.verify`). Nothing is downloaded, no code of the checkpoint is run,
+    The folder is verified first (`zemoe.checkpoints.verify`). Nothing is downloaded, no code of the checkpoint is run,
     no pickle is opened, and transformers is left as it was. Threads that call it at once load one after another.
 
     Args:
-        folder: with config.json and safetensors, in any layout that zemoe.checkpoint knows; FP8 weights (in the format
-            of zemoe.checkpoint_fp8) are dequantized while they are read.
+        folder: with config.json and safetensors, in any layout that zemoe.checkpoints knows; FP8 weights (in the format
+            of zemoe.checkpoints.fp8) are dequantized while they are read.
         device: where the model goes. dtype: of all but the router, "auto" for the checkpoint's own (FP8: bfloat16).
         backend: as for `patch_`.
 
     Raises:
-        zemoe.checkpoint.CheckpointError: naming file and tensor. ValueError: for a backend that can't run it.
+        zemoe.checkpoints.CheckpointError: naming file and tensor. ValueError: for a backend that can't run it.
     """
     folder = Path(folder)
     manifest, config = verify_any(folder), load_config(folder)

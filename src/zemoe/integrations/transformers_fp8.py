@@ -16,8 +16,8 @@ from torch import nn
 from transformers import LongcatFlashConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..checkpoint import original_layout
-from ..checkpoint_fp8 import QuantizedManifest, stream_dequantized
+from ..checkpoints.fp8 import QuantizedManifest, stream_dequantized
+from ..checkpoints.longcat import original_layout
 from .transformers_layers import modeling
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<which>gate|up|down)_proj\.weight$")

@@ -24,7 +24,7 @@ except ImportError as error:
     ) from None
 
 from ..casts import StaysFloat32
-from ..checkpoint import check_config
+from ..checkpoints.longcat import check_config
 from ..config import MoEConfig
 from ..experts import fused_experts, unflatten
 from ..routing import Routing, RoutingModule, router_logits, select_experts
@@ -49,7 +49,7 @@ def layer_config(config: Any) -> MoEConfig:
         raise ValueError(
             f"{type(config).__name__}: quantization_config is set, and these layers take no quantized weights. FP8 "
             "checkpoints load with zemoe.integrations.transformers.load_model, which dequantizes them; from_pretrained "
-            "loads what zemoe.checkpoint_fp8.save_dequantized makes of them"
+            "loads what zemoe.checkpoints.save_dequantized makes of them"
         )
     check_config(dict(vars(config), model_type=config.model_type), type(config).__name__)
     if config.hidden_act not in _ACTIVATIONS:

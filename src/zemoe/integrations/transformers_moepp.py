@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from ..weight_files import (
+from ..checkpoints.files import (
     WEIGHT_DTYPES,
     CheckpointError,
     TensorInfo,
@@ -185,7 +185,7 @@ def load_moepp(
             for config.json's own (float32 if it has none).
 
     Raises:
-        zemoe.checkpoint.CheckpointError: for a config that isn't MoE++'s, tensors that are missing, of another shape,
+        zemoe.checkpoints.CheckpointError: for a config that isn't MoE++'s, tensors that are missing, of another shape,
             or nobody's, naming file and entry.
     """
     folder = Path(folder)

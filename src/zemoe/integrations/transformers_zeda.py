@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..checkpoints.files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
 from ..retrofit import ZeroExpertBlock
-from ..weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
 from .transformers_fp8 import make_head, place, tie_if_equal
 from .transformers_retrofit import retrofit_
 from .transformers_values import WRONG_VALUE, of_the_architecture
@@ -85,7 +85,7 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
         folder: with config.json and safetensors. device: where the model goes. dtype: "auto" for the checkpoint's own.
 
     Raises:
-        zemoe.checkpoint.CheckpointError: for another model_type, zero experts of other or several kinds, tensors that
+        zemoe.checkpoints.CheckpointError: for another model_type, zero experts of other or several kinds, tensors that
             are missing, of another shape, or nobody's.
     """
     folder = Path(folder)

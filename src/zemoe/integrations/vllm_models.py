@@ -21,7 +21,7 @@ from vllm.model_executor.models.longcat_flash import LongcatFlashForCausalLM
 from vllm.model_executor.models.longcat_flash_ngram import LongcatFlashNgramForCausalLM
 from vllm.platforms import current_platform
 
-from .. import __version__
+from .._version import __version__
 from ..experts import resolve_backend
 from .vllm import logger
 from .vllm_layers import UnsupportedExpertsError, ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs

@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import __version__
-from ..generate import CommandError
+from .._version import __version__
+from ..checkpoints.files import CheckpointError
+from ..generate.command import CommandError
 from ..regular_files import kind_of, read_json, reason
-from ..weight_files import CheckpointError
 from .report import METRICS, ReportError, check_matplotlib, draw, read_metrics
 from .settings import RunSettings, Settings, SettingsError, make, read
 from .state import TrainingError, unsealed

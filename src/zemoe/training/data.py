@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.tokenizer import TokenizerError, guarded, read_tokenizer
 from ..regular_files import check_regular, kind_of, reason
-from ..tokenizer_files import TokenizerError, guarded, read_tokenizer
 from .settings import SettingsError
 from .state import StateError
 

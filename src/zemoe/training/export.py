@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 
-from ..checkpoint import original_layout, transformers_layout
-from ..weight_files import save_tensors
+from ..checkpoints.files import save_tensors
+from ..checkpoints.longcat import original_layout, transformers_layout
 from .state import sync
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ..doctor import usable_devices
+from ..machine import usable_devices
 from .settings import RunSettings, SettingsError
 from .state import TrainingError, last_state
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..balance import longcat_balance_loss
 from ..compile_loops import compile_loops
 from ..controller import BudgetController
-from ..doctor import device_name, versions
+from ..machine import device_name, versions
 from ..routing import observe
 from ..statistics import RoutingTally
 from .data import IGNORE, Rows

@@ -20,8 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..bench_show import figures
-from ..terminal import BAR_COLOR, SHADES, bar
+from ..terminal import BAR_COLOR, SHADES, bar, figures
 
 Record = dict[str, Any]
 _CELLS = 20  # of a gauge and of the progress bar

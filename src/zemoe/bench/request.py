@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import bench_layer
+from ..machine import usable_devices
+from ..regular_files import kind_of
+from ..terminal import CommandError
+from . import cases
 from .baselines import BASELINES
-from .bench_layer import Case
-from .doctor import usable_devices
-from .generate import CommandError
-from .regular_files import kind_of
+from .cases import Case
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BASELINES = ("torch", "eager")
@@ -129,7 +129,7 @@ def _check_memory(plan: Plan) -> None:
 
 def make_plan(request: BenchRequest) -> Plan:
     """Check all that can be said before anything is measured. Raises CommandError."""
-    known = bench_layer.load_cases()
+    known = cases.load_cases()
     device = _full_device(request.device)
     names = request.cases or tuple(name for name, case in known.items() if device.type in case.devices)
     for name in names:

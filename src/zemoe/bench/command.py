@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -13,35 +12,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import __version__, bench_layer, bench_show, measure
+from .._version import __version__
+from ..compile_loops import compile_loops
+from ..machine import commit, device_name, versions
+from ..terminal import CommandError
+from . import cases, table, timing
 from .baselines import BASELINES
-from .bench_layer import Case
-from .bench_plan import BenchRequest, Plan, make_plan
-from .bench_row import WRONG, Row
-from .compile_loops import compile_loops
-from .doctor import device_name, versions
-from .generate import CommandError
+from .cases import Case
+from .request import BenchRequest, Plan, make_plan
+from .row import WRONG, Row
 
 
-def commit() -> str:
-    """The commit that this code comes from, with "-dirty" where files differ from it; "unknown" outside of git."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(here.parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An environment may lie inside of somebody else's repository: ours is one that knows this file.
-    if git("ls-files", "--error-unmatch", str(here)) is None:
-        return "unknown"
-    return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
-
-
-def _about(plan: Plan, at: measure.Ceilings) -> dict[str, Any]:
+def _about(plan: Plan, at: timing.Ceilings) -> dict[str, Any]:
     installed, name = versions(), device_name(str(plan.device))
     if plan.device.type == "cpu" and (cpu_info := Path("/proc/cpuinfo")).exists():
         lines = cpu_info.read_text(encoding="utf-8").splitlines()
@@ -70,17 +52,17 @@ def _torch_state(plan: Plan) -> Iterator[None]:
 
 
 def _measure_case(
-    plan: Plan, case: Case, at: measure.Ceilings, progress: bench_show.Progress, rows: list[dict[str, Any]]
+    plan: Plan, case: Case, at: timing.Ceilings, progress: table.Progress, rows: list[dict[str, Any]]
 ) -> None:
     """Append the rows of a case to `rows` as they come."""
     before = len(rows)
     progress.say(f"{case.name}: making the weights")
-    layer = bench_layer.build(case, plan.dtype, plan.device)
+    layer = cases.build(case, plan.dtype, plan.device)
     built = {"zemoe": layer, **{name: BASELINES[name].build(layer) for name in plan.baselines}}
     for zero_share in plan.zero_shares:
         if zero_share is not None or plan.request.skew is not None:
             try:
-                bench_layer.steer(layer, zero_share, plan.request.skew)
+                cases.steer(layer, zero_share, plan.request.skew)
             except ValueError as error:
                 raise CommandError(f"{case.name}: --{error}") from None
         for tokens in plan.tokens(case):
@@ -118,30 +100,30 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
         try:
             compile_loops(plan.device, plan.dtype)
             with status.status("measuring the machine's ceilings") if status.is_terminal else nullcontext():
-                at = (measure.cpu_ceilings if plan.device.type == "cpu" else measure.cuda_ceilings)(plan.dtype)
+                at = (timing.cpu_ceilings if plan.device.type == "cpu" else timing.cuda_ceilings)(plan.dtype)
         except KeyboardInterrupt:
             status.print("interrupted before anything was measured")
             return 130, result | {"finish": "interrupted"}
         about = _about(plan, at)
-        out.print(bench_show.headline(about, str(plan.dtype).removeprefix("torch.")), style="dim", markup=False)
+        out.print(table.headline(about, str(plan.dtype).removeprefix("torch.")), style="dim", markup=False)
         for case in plan.cases:
             done = len(rows)
             units = len(plan.tokens(case)) * len(plan.zero_shares)
             try:
-                with bench_show.Progress(status, units) as progress:
+                with table.Progress(status, units) as progress:
                     _measure_case(plan, case, at, progress, rows)
             except KeyboardInterrupt:
                 finish = "interrupted"
             if rows[done:]:
                 out.print()
-                out.print(bench_show.title(case, rows[done:]), style="bold", markup=False)
-                out.print(bench_show.table(rows[done:], plan.baselines))
+                out.print(table.title(case, rows[done:]), style="bold", markup=False)
+                out.print(table.table(rows[done:], plan.baselines))
             if finish == "interrupted":
                 units = sum(len(plan.tokens(each)) * len(plan.zero_shares) for each in plan.cases)
                 out.print(f"interrupted: {len(rows)} of {units} rows were measured", style="bold", markup=False)
                 break
     cache = torch.cuda.get_device_properties(plan.device).L2_cache_size if plan.device.type == "cuda" else 0
-    notes = bench_show.notes(plan.absent, rows, plan.baselines)
+    notes = table.notes(plan.absent, rows, plan.baselines)
     notes += [
         f"{case.name}: its weights are no larger than the cache of {cache / 1e6:.0f} MB, which may have held them"
         for case in plan.cases
@@ -160,9 +142,9 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
         if rows and request.csv is not None:
             _write_csv(request.csv, rows, about)
         if rows and request.plot is not None:
-            from .bench_plot import plot
+            from .plot import plot
 
-            plot(rows, plan.baselines, bench_show.headline(about, rows[0]["dtype"]), request.plot)
+            plot(rows, plan.baselines, table.headline(about, rows[0]["dtype"]), request.plot)
     except OSError as error:
         raise CommandError(f"{error.filename or request.csv}: could not be written ({error.strerror})", 1) from None
     wrong = any(row[f"{name}_method"].startswith(WRONG) for row in rows for name in plan.baselines)

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from . import __version__
-from .checkpoint_fp8 import read_config
-from .compile_loops import compile_loops
+from .._version import __version__
+from ..checkpoints.fp8 import read_config
+from ..checkpoints.tokenizer import guarded, read_tokenizer
+from ..compile_loops import compile_loops
+from ..experts import resolve_backend
+from ..machine import usable_devices
+from ..regular_files import kind_of
+from ..terminal import CommandError
 from .decoding import Generation, Sampling, TextStream, Token, generate
-from .doctor import usable_devices
-from .experts import resolve_backend
-from .messages import one_line
-from .regular_files import kind_of
-from .terminal import Painter, Scale, summary
-from .tokenizer_files import guarded, read_tokenizer
+from .painter import Painter, Scale, summary
 
-EMBEDDED = Path(__file__).parent / "models" / "tiny"
+EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
 DEFAULT_STYLE = "austen"
 # What is written on from where no prompt is given: ours for the styles of the embedded model and for any other model.
 OPENINGS = {
@@ -42,14 +42,6 @@ _STOPPED_BY = {
 # Parameters below which one thread decodes as fast as two: each step is too short to be shared. With more, threads wait
 # for each other, and where other programs use the processors too, that made it three times slower.
 _SMALL = 50_000_000
-
-
-class CommandError(Exception):
-    """What ends a command: one line that says what to do, and the exit code."""
-
-    def __init__(self, message: str, code: int = 2) -> None:
-        super().__init__(one_line(message))
-        self.code = code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +168,7 @@ def load(request: Request) -> Loaded:
 
     from transformers.utils import logging
 
-    from .integrations.transformers import load_config, load_model, patch_
+    from ..integrations.transformers import load_config, load_model, patch_
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

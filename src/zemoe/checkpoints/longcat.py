@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_config import check_config
-from .regular_files import kind_of
-from .weight_files import (
+from ..regular_files import kind_of
+from .config import check_config
+from .files import (
     INDEX_NAME,
     SINGLE_NAME,
     WEIGHT_DTYPES,

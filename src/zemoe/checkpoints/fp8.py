@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
-from .checkpoint import Manifest, check_tensors, save_original_layout, stream
-from .checkpoint_config import check_config
-from .weight_files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
+from . import longcat
+from .config import check_config
+from .files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
+from .longcat import Manifest, check_tensors, save_original_layout, stream
 
 SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
@@ -28,7 +28,7 @@ _FP8 = "F8_E4M3"
 class QuantizedManifest:
     """A verified FP8 checkpoint.
 
-    weights: as `zemoe.checkpoint.verify` finds them, with a config that is not quantized. scales: where the factors
+    weights: as `zemoe.checkpoints.verify` finds them, with a config that is not quantized. scales: where the factors
     are, by weight. block: (m, n).
     """
 
@@ -38,10 +38,10 @@ class QuantizedManifest:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """As `zemoe.checkpoint.read_config`, also for a folder with FP8 weights: then without what says so."""
+    """As `zemoe.checkpoints.read_config`, also for a folder with FP8 weights: then without what says so."""
     folder = Path(folder)
     if not is_quantized(folder):
-        return checkpoint.read_config(folder)
+        return longcat.read_config(folder)
     source = folder / "config.json"
     config = load_json(source)
     _block_of(config.pop("quantization_config"), source)
@@ -50,13 +50,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_any(folder: str | Path) -> Manifest | QuantizedManifest:
-    """`verify_quantized` of a folder with FP8 weights, `zemoe.checkpoint.verify` of one without. CheckpointError."""
-    return verify_quantized(folder) if is_quantized(folder) else checkpoint.verify(folder)
+    """`verify_quantized` of a folder with FP8 weights, `zemoe.checkpoints.verify` of one without. CheckpointError."""
+    return verify_quantized(folder) if is_quantized(folder) else longcat.verify(folder)
 
 
 def is_quantized(folder: str | Path) -> bool:
     """Whether config.json says that weights are quantized, in whatever way."""
-    return checkpoint.open_config(folder).get("quantization_config") is not None
+    return longcat.open_config(folder).get("quantization_config") is not None
 
 
 def _block_of(quantization: Any, source: Path) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def _block_of(quantization: Any, source: Path) -> tuple[int, int]:
 
 
 def verify_quantized(folder: str | Path) -> QuantizedManifest:
-    """As `zemoe.checkpoint.verify`, for weights in FP8: each has its factors, of the right shape, and nothing else has.
+    """As `verify`, for weights in FP8: each has its factors, of the right shape, and nothing else has.
 
     Raises:
         CheckpointError: naming the file and the tensor, and what was expected.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .weight_files import CheckpointError
+from .files import CheckpointError
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "q_lora_rank", "kv_lora_rank",

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .layer import MoE
+from .. import reference
+from ..layer import MoE
 
 TOKENS = 4
 _CANDIDATES = 12

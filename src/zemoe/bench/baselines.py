@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .experts import fused_experts
-from .layer import MoE
+from ..experts import fused_experts
+from ..layer import MoE
 
 Call = Callable[[Tensor], Tensor]
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import MoEConfig
-from .layer import MoE
+from ..config import MoEConfig
+from ..layer import MoE
 
 CASES_FILE = Path(__file__).parent / "cases.toml"
 # A score is between 0 and 1, so a bias of this size alone decides.

@@ -9,22 +9,9 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from .bench_layer import Case
-from .bench_row import WRONG
-
-
-def figures(value: float | None, digits: int = 3) -> str:
-    """`value` with so many significant digits and never an exponent; a dash for None."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    shown = float(f"{value:.{digits}g}")
-    whole = len(f"{abs(int(shown))}") if abs(shown) >= 1 else 0
-    if whole:
-        return f"{shown:.{max(digits - whole, 0)}f}"
-    text = f"{shown:.12f}".rstrip("0")
-    return text if text != "0." else f"{value:.{digits}g}"
+from ..terminal import figures
+from .cases import Case
+from .row import WRONG
 
 
 class Progress:

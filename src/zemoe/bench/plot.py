@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench_show import figures
+from ..terminal import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def plot(rows: Rows, baselines: list[str], caption: str, path: Path) -> None:
     largest T); of a single T and several shares only the second.
 
     Args:
-        rows: of `zemoe.bench.run`. baselines: whose columns they have. caption: a line below.
+        rows: of `zemoe.bench.command.run`. baselines: whose columns they have. caption: a line below.
         path: of the file; its suffix says the format.
     """
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .regular_files import read_json, reason
+from ..regular_files import read_json, reason
 
 
 class TokenizerError(ValueError):

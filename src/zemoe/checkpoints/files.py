@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .messages import one_line
-from .regular_files import MOST_JSON_BYTES, check_regular, parse_json, read_json, reason
+from ..messages import one_line
+from ..regular_files import MOST_JSON_BYTES, check_regular, parse_json, read_json, reason
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

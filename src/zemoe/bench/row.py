@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bench_check, measure
+from ..experts import resolve_backend
+from ..layer import MoE
+from ..terminal import CommandError
+from . import check, timing
 from .baselines import Call
-from .bench_layer import Case
-from .bench_plan import Plan
-from .experts import resolve_backend
-from .generate import CommandError
-from .layer import MoE
+from .cases import Case
+from .request import Plan
 
 # Untimed rounds before: oneDNN builds its kernels in the first two.
 _WARMUP = {"cpu": 2, "cuda": 1}
@@ -69,9 +69,9 @@ class Row:
         x_TH = torch.randn(self.tokens, self.case.hidden_size, device=self.plan.device)
         return x_TH.to(self.plan.dtype)
 
-    def _expected(self) -> bench_check.Expected:
+    def _expected(self) -> check.Expected:
         for _ in range(100):
-            wanted = bench_check.expected(self.layer, self.inputs[0])
+            wanted = check.expected(self.layer, self.inputs[0])
             if wanted.tokens:
                 return wanted
             self.inputs[0] = self._input()
@@ -79,16 +79,16 @@ class Row:
             f"{self.what}: no token has choices that are clear of rounding, so nothing can be checked", 1
         )
 
-    def _right(self, name: str, out_TH: Tensor, wanted: bench_check.Expected) -> bool:
+    def _right(self, name: str, out_TH: Tensor, wanted: check.Expected) -> bool:
         """Whether a side's output is as it should be; a baseline's that is not is noted, zemoe's ends everything."""
-        wrong = bench_check.judge(out_TH, wanted)
+        wrong = check.judge(out_TH, wanted)
         if wrong and name == "zemoe":
             raise CommandError(f"zemoe is wrong, {self.what}: {wrong}", 1)
         if wrong:
             self.left_out[name] = f"{WRONG}: {wrong}"
         return not wrong
 
-    def _check(self, wanted: bench_check.Expected) -> None:
+    def _check(self, wanted: check.Expected) -> None:
         for name in list(self.sides):
             _poison(self.plan.device)
             try:
@@ -116,24 +116,24 @@ class Row:
         self._check(wanted)
         if not self.cuda:
             self.methods = dict.fromkeys(self.sides, "clock")
-            spent = measure.interleaved(self.sides, self.inputs, after)
+            spent = timing.interleaved(self.sides, self.inputs, after)
         elif not self.replayed:
             self.methods = dict.fromkeys(self.sides, "events")
-            spent = measure.cuda_events(self.sides, self.inputs, after)
+            spent = timing.cuda_events(self.sides, self.inputs, after)
         else:
             spent = self._replays(wanted, after)
         warmup = _WARMUP[self.plan.device.type]
         return {name: values[warmup:] for name, values in spent.items()}
 
-    def _replays(self, wanted: bench_check.Expected, after: Callable[[], None]) -> dict[str, list[float]]:
+    def _replays(self, wanted: check.Expected, after: Callable[[], None]) -> dict[str, list[float]]:
         static = [x.clone() for x in self.inputs[:CALLS_A_GRAPH]]
-        replays: dict[str, measure.Replay] = {}
+        replays: dict[str, timing.Replay] = {}
         others: dict[str, Call] = {}
         for name, call in self.sides.items():
-            if measure.waits_for_device(partial(call, static[0])):
+            if timing.waits_for_device(partial(call, static[0])):
                 others[name], self.methods[name] = call, "events"
                 continue
-            replay = measure.capture(call, static)
+            replay = timing.capture(call, static)
             for out_TH in replay.outputs:
                 out_TH.fill_(float("nan"))
             replay.graph.replay()
@@ -142,21 +142,21 @@ class Row:
                 replays[name], self.methods[name] = replay, "replay"
         batches = [self.inputs[i : i + CALLS_A_GRAPH] for i in range(0, len(self.inputs), CALLS_A_GRAPH)]
         if not replays:
-            return measure.cuda_events(others, [batch[0] for batch in batches], after)
-        return measure.cuda_replays(replays, others, batches, after)
+            return timing.cuda_events(others, [batch[0] for batch in batches], after)
+        return timing.cuda_replays(replays, others, batches, after)
 
-    def work(self, at: measure.Ceilings) -> Work:
+    def work(self, at: timing.Ceilings) -> Work:
         """What the layer had to do for the inputs that were timed."""
         case = self.case
         sizes = {"hidden_size": case.hidden_size, "itemsize": self.plan.dtype.itemsize, "tokens": self.tokens}
-        router = measure.router_floor(at, slots=case.config.num_slots, **sizes)
+        router = timing.router_floor(at, slots=case.config.num_slots, **sizes)
         chosen_A = torch.zeros(case.config.num_slots, dtype=torch.int64, device=self.plan.device)
         floors, hits = [], []
         for x_TH in self.inputs:
             counts_A = torch.bincount(self.layer.router(x_TH).topk_ids_TK.flatten(), minlength=case.config.num_slots)
             counts_E = counts_A[: case.num_experts]
             rows, hit = int(counts_E.sum()), int(counts_E.count_nonzero())
-            floor = measure.moe_floor(
+            floor = timing.moe_floor(
                 at, ffn_rows=rows, experts_hit=hit, intermediate_size=case.intermediate_size, **sizes
             )
             floors.append(floor + router)
@@ -172,7 +172,7 @@ class Row:
             top_share=int(chosen_E.amax()) / max(real, 1),
         )
 
-    def result(self, seconds: dict[str, list[float]], at: measure.Ceilings, zero_share: float | None) -> dict[str, Any]:
+    def result(self, seconds: dict[str, list[float]], at: timing.Ceilings, zero_share: float | None) -> dict[str, Any]:
         """What the table, the CSV and the JSON hold of this row."""
         case, work = self.case, self.work(at)
         ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}

@@ -1,0 +1,61 @@
+"""What this machine is: its devices, the versions of what is installed, and the commit of our code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "numba", "numpy", "vllm", "sglang")
+
+
+def usable_devices() -> list[str]:
+    """Names of the devices that torch can compute on here: "cpu", and each accelerator with its number."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def versions() -> dict[str, str | None]:
+    """{package: version}, None for one that isn't installed."""
+    found: dict[str, str | None] = {"zemoe": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name(device: str) -> str:
+    """What the machine calls it, or `device` itself where torch can't say."""
+    if device == "cpu":
+        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
+        return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    return name_of(device) if name_of else device  # torch.mps has no names
+
+
+def commit() -> str:
+    """The commit that this code comes from, with "-dirty" where files differ from it; "unknown" outside of git."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An environment may lie inside of somebody else's repository: ours is one that knows this file.
+    if git("ls-files", "--error-unmatch", str(here)) is None:
+        return "unknown"
+    return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
