@@ -255,7 +255,7 @@ def read_moepp(case: Path) -> tuple[int, str]:
     import torch
 
     from test_transformers_moepp import restated_model
-    from zemoe.integrations.transformers_moepp import load_moepp
+    from zemoe.integrations.transformers.moepp import load_moepp
 
     try:
         model: Any = load_moepp(case, dtype=torch.float32)
@@ -279,7 +279,7 @@ def read_zeda(case: Path) -> tuple[int, str]:
     from safetensors.torch import load_file
 
     import test_transformers_zeda as zeda
-    from zemoe.integrations.transformers_zeda import load_zeda
+    from zemoe.integrations.transformers.zeda import load_zeda
 
     try:
         model: Any = load_zeda(case, dtype=torch.float32)

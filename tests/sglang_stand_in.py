@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 FACTS: dict[str, Any] = json.loads(Path(__file__).with_name("sglang_facts.json").read_text())
 SOURCES = Path(__file__).parent.parent / ".venv" / "sglang"
-OURS = ("zemoe.integrations.sglang", "zemoe.integrations.sglang_layers")
+OURS = tuple(f"zemoe.integrations.sglang{module}" for module in ("", ".plugin", ".layers"))
 
 
 @dataclass

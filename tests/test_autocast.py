@@ -13,7 +13,7 @@ from torch import Tensor
 
 from judge import Case, assert_bitwise, one_thread
 from zemoe import AffineParams, MoE, MoEConfig, fused_experts
-from zemoe.from_logits import moe_from_logits
+from zemoe.integrations.engines.from_logits import moe_from_logits
 
 KINDS = (("constant", 2), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

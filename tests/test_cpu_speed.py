@@ -1,7 +1,7 @@
 """What can be said about the CPU dispatch's cost without a quiet machine: memory, allocations, and a plan's time beside
 a sort's.
 
-The times of the layer itself are in benchmarks/cpu_layer.py. T tokens, H hidden size, I expert width, E FFN experts, Z
+The times of the layer itself are in benchmarks/cpu/layer.py. T tokens, H hidden size, I expert width, E FFN experts, Z
 zero experts, K choices, M rows of one expert.
 """
 

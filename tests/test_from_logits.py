@@ -8,7 +8,7 @@ from torch import Tensor
 
 from judge import assert_bitwise, check_selection, judge, one_thread
 from zemoe import reference
-from zemoe.from_logits import moe_from_logits, select_from_logits
+from zemoe.integrations.engines.from_logits import moe_from_logits, select_from_logits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, WIDTH, E, Z, K, SCALING = 48, 32, 6, 5, 4, 2.5

@@ -1,4 +1,4 @@
-"""benchmarks/generation.py from end to end, on a tiny model on the CPU."""
+"""benchmarks/gpu/generation.py from end to end, on a tiny model on the CPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from zemoe.integrations import transformers_layers
+from zemoe.integrations.transformers import layers
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "generation.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "generation.py"
 SMALL = ["--tiny", "--layers", "1", "--prompt", "8", "--tokens", "4", "--stock-tokens", "3", "--prefill", "16"]
 
 
@@ -112,9 +112,9 @@ def test_what_does_not_fit_is_a_row_that_says_so(script, tmp_path, monkeypatch, 
 
 def test_layers_that_differ_from_stock_are_not_timed(script, monkeypatch, capsys):
     """Weights a hundredth too large: the layers are refused before any of their rows."""
-    forward = transformers_layers.ZeroExpertLongcatExperts.forward
+    forward = layers.ZeroExpertLongcatExperts.forward
     monkeypatch.setattr(
-        transformers_layers.ZeroExpertLongcatExperts,
+        layers.ZeroExpertLongcatExperts,
         "forward",
         lambda self, x, ids, weights: forward(self, x, ids, 1.01 * weights),
     )
@@ -131,9 +131,9 @@ def test_steps_are_the_times_between_new_tokens(script):
 
 def test_layers_fill_the_free_memory(script, monkeypatch):
     """Full size, on paper: 6.8 GB a layer with stock's dead rows, 1.6 GB of embeddings."""
-    for free, layers in ((80, 10), (140, 14), (20, 1)):
+    for free, fitting in ((80, 10), (140, 14), (20, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * 2**30, free * 2**30))
-        assert script.fitting_layers(script.LITE, torch.bfloat16) == layers
+        assert script.fitting_layers(script.LITE, torch.bfloat16) == fitting
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
     with pytest.raises(SystemExit, match="not even one layer"):
         script.fitting_layers(script.LITE, torch.bfloat16)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from judge import Case, one_thread
 from zemoe import AffineParams, fused_experts
-from zemoe.from_logits import moe_from_logits, select_from_logits
+from zemoe.integrations.engines.from_logits import moe_from_logits, select_from_logits
 from zemoe.plan import make_plan
 from zemoe.routing import router_logits, select_experts
 

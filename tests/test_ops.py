@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from judge import BY_NAME, Case
-from zemoe import from_logits
+from zemoe.integrations.engines import from_logits
 from zemoe.ops import experts as ops
 from zemoe.ops.routing import topk_ids
 from zemoe.plan import make_plan

@@ -113,7 +113,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_we_import_is_there(version):
     known, found = FACTS[version]["names"], set()
-    for path in sorted(INTEGRATION.glob("sglang*.py")):
+    for path in sorted((INTEGRATION / "sglang").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and not node.level and str(node.module).startswith("sglang"):
                 found |= {(node.module, alias.name) for alias in node.names}
@@ -157,7 +157,7 @@ def test_signatures(version):
 
 def test_the_versions_that_we_name_were_looked_at():
     with installed(VERSIONS[0]):
-        from zemoe.integrations import sglang
+        from zemoe.integrations.sglang import plugin as sglang
 
         assert range_of("sglang") == f"{VERSIONS[0]} to {VERSIONS[-1]}"
         assert sglang.why_not("0.5.15.post1", None) is None
@@ -293,7 +293,7 @@ def test_turned_off(checkpoint, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "sglang.plugins.zemoe")
     monkeypatch.setenv("ZEMOE_SGLANG", "0")
     with installed(VERSIONS[-1]) as longcat:
-        assert longcat.LongcatFlashMoE.__module__ != "zemoe.integrations.sglang_layers"
+        assert longcat.LongcatFlashMoE.__module__ != "zemoe.integrations.sglang.layers"
         assert not caplog.records
         for layer_id in range(2):
             loaded(longcat, checkpoint, layer_id)

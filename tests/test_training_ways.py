@@ -18,7 +18,7 @@ import training_worker
 from tiny_checkpoint import write_checkpoint
 from training_worker import ended, losses, one_rank, records, settings_for, start
 from zemoe.checkpoints.longcat import verify
-from zemoe.integrations.transformers_layers import ZeroExpertLongcatMoE
+from zemoe.integrations.transformers.layers import ZeroExpertLongcatMoE
 from zemoe.training import parallel, state, train
 from zemoe.training.files import Files, prepare
 from zemoe.training.optimizer import Optimizer, rate

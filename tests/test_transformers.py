@@ -24,8 +24,8 @@ from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, g
 from transformers_tiny import tiny_config, tiny_model
 from zemoe.checkpoints.longcat import verify
 from zemoe.experts import BACKENDS
-from zemoe.integrations import transformers_patch
-from zemoe.integrations.transformers_layers import layer_config
+from zemoe.integrations.transformers import patch
+from zemoe.integrations.transformers.layers import layer_config
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was
@@ -126,7 +126,7 @@ def test_base_model_and_a_model_inside_another(stock, stock_logits, ids):
 
 def test_after_an_exception_nothing_is_patched(stock, stock_logits, ids, monkeypatch):
     model = copy.deepcopy(stock)
-    free, calls = transformers_patch._free_dead_rows, []
+    free, calls = patch._free_dead_rows, []
 
     def fails_at_the_second_layer(experts):
         calls.append(experts)
@@ -134,7 +134,7 @@ def test_after_an_exception_nothing_is_patched(stock, stock_logits, ids, monkeyp
             raise MemoryError
         return free(experts)
 
-    monkeypatch.setattr(transformers_patch, "_free_dead_rows", fails_at_the_second_layer)
+    monkeypatch.setattr(patch, "_free_dead_rows", fails_at_the_second_layer)
     with pytest.raises(MemoryError):
         bridge.patch_(model)
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]

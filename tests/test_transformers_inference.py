@@ -15,7 +15,7 @@ import transformers_shared
 import zemoe.integrations.transformers as bridge
 from transformers_shared import TOLERANCE, greedy, logits_of
 from transformers_tiny import tiny_ids, tiny_model
-from zemoe.integrations.transformers_cache import CACHE
+from zemoe.integrations.transformers.cache import CACHE
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

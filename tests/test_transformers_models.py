@@ -34,7 +34,7 @@ import zemoe.integrations.transformers as bridge
 from transformers_shared import TOLERANCE, StockMoE, assert_ours, greedy, logits_of
 from transformers_tiny import tiny_config, tiny_model
 from zemoe.checkpoints.longcat import CheckpointError, verify
-from zemoe.integrations.transformers_layers import expert_rank
+from zemoe.integrations.transformers.layers import expert_rank
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

@@ -20,9 +20,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import zemoe
 from zemoe.checkpoints.longcat import INDEX_NAME, CheckpointError
-from zemoe.integrations.transformers_cache import CACHE
-from zemoe.integrations.transformers_moepp import load_moepp, save_moepp
-from zemoe.integrations.transformers_moepp_model import MoEPlusPlusForCausalLM
+from zemoe.integrations.transformers.cache import CACHE
+from zemoe.integrations.transformers.moepp import load_moepp, save_moepp
+from zemoe.integrations.transformers.moepp_model import MoEPlusPlusForCausalLM
 
 V, H, I, E, LAYERS, HEADS, KV_HEADS, D = 48, 32, 24, 5, 3, 4, 2, 8
 A = E + 4

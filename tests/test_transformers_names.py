@@ -25,7 +25,7 @@ import transformers_shared
 import zemoe.integrations.transformers as bridge
 from transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, global_state, greedy, logits_of
 from transformers_tiny import tiny_config
-from zemoe.integrations import transformers_experts
+from zemoe.integrations.transformers import by_name
 from zemoe.kernels.activations import ACTIVATIONS
 
 # Fixtures
@@ -199,9 +199,9 @@ def test_other_families(registered, ids, family, tmp_path, monkeypatch):
     model = built(family)
     expected, wanted = logits_of(model, ids), gradients(model, ids)
     used = []
-    fused_experts = transformers_experts.fused_experts
+    fused_experts = by_name.fused_experts
     monkeypatch.setattr(
-        transformers_experts, "fused_experts", lambda *args, **kwargs: used.append(1) or fused_experts(*args, **kwargs)
+        by_name, "fused_experts", lambda *args, **kwargs: used.append(1) or fused_experts(*args, **kwargs)
     )
     model.set_experts_implementation("zemoe")
     assert (logits_of(model, ids) - expected).abs().max() < TOLERANCE
@@ -240,13 +240,13 @@ def test_activations_are_known_by_what_they_compute():
     for name in ACT2FN:
         values = ACT2FN[name](x)
         same = [ours for ours in ACTIVATIONS if torch.allclose(ACTIVATIONS[ours].forward(x), values, atol=1e-5)]
-        assert [transformers_experts.activation_of(ACT2FN[name])] == (same or [None]), name
+        assert [by_name.activation_of(ACT2FN[name])] == (same or [None]), name
         found[name] = same
     assert found["silu"] == ["silu"] and found["gelu_new"] == ["gelu_tanh"] and not found["gelu_10"]
     functions = {F.silu: "silu", F.gelu: "gelu", torch.nn.GELU("tanh"): "gelu_tanh", torch.nn.GELU(): "gelu"}
     for function, name in functions.items():
-        assert transformers_experts.activation_of(function) == name
-    assert transformers_experts.activation_of(F.relu) is None
+        assert by_name.activation_of(function) == name
+    assert by_name.activation_of(F.relu) is None
 
 
 def test_lfm2_moe_whose_activation_is_a_function(registered, ids):
@@ -280,5 +280,5 @@ def test_choices_of_other_ranks_are_worth_nothing():
     weights_TK = torch.rand(7, 3, generator=generator).masked_fill(ids_TK >= 5, 0)
     assert (ids_TK == 5).any()
     expected = experts(x_TH, ids_TK.masked_fill(ids_TK >= 5, 0), weights_TK)
-    computed = transformers_experts.experts_forward(experts, x_TH, ids_TK, weights_TK)
+    computed = by_name.experts_forward(experts, x_TH, ids_TK, weights_TK)
     assert (computed - expected).abs().max() < TOLERANCE

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import transformers_shared
 import zemoe.integrations.transformers as bridge
 from test_transformers_names import FAMILIES
-from zemoe.integrations.transformers_moepp_model import MoEPlusPlusBlock, MoEPlusPlusConfig
-from zemoe.integrations.transformers_retrofit import retrofit_
+from zemoe.integrations.transformers.moepp_model import MoEPlusPlusBlock, MoEPlusPlusConfig
+from zemoe.integrations.transformers.retrofit import retrofit_
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

@@ -14,8 +14,8 @@ from test_transformers_names import FAMILIES
 from test_transformers_zeda import written
 from transformers_shared import logits_of
 from transformers_tiny import tiny_ids
-from zemoe.integrations.transformers_retrofit import retrofit_, unretrofit_
-from zemoe.integrations.transformers_zeda import load_zeda
+from zemoe.integrations.transformers.retrofit import retrofit_, unretrofit_
+from zemoe.integrations.transformers.zeda import load_zeda
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

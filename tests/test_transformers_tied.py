@@ -18,7 +18,7 @@ from tiny_checkpoint import write_checkpoint, write_fp8
 from training_worker import settings_for
 from transformers_shared import TOLERANCE, logits_of
 from transformers_tiny import tiny_ids
-from zemoe.integrations.transformers_zeda import load_zeda
+from zemoe.integrations.transformers.zeda import load_zeda
 from zemoe.training import train
 from zemoe.training.settings import make
 

@@ -15,7 +15,7 @@ import transformers_shared
 import zemoe.integrations.transformers as bridge
 from test_transformers_names import FAMILIES
 from transformers_tiny import tiny_model
-from zemoe.integrations.transformers_retrofit import retrofit_, unretrofit_
+from zemoe.integrations.transformers.retrofit import retrofit_, unretrofit_
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

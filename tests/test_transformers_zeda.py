@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeLiteConfig, Qwen3MoeConfig
 
 from zemoe.checkpoints.longcat import CheckpointError
-from zemoe.integrations.transformers_retrofit import unretrofit_
-from zemoe.integrations.transformers_zeda import load_zeda
+from zemoe.integrations.transformers.retrofit import unretrofit_
+from zemoe.integrations.transformers.zeda import load_zeda
 
 E, Z, H, I, K = 6, 3, 32, 16, 3
 CONFIGS = {

@@ -100,9 +100,9 @@ MEETS = {
     "numba": "import zemoe.kernels.cpu.compiled",
     "triton": "import zemoe.kernels.triton.launch",
     "transformers": "import zemoe.integrations.transformers",
-    "transformers, MoE++": "import zemoe.integrations.transformers_moepp",
-    "transformers, ZEDA": "import zemoe.integrations.transformers_zeda",
-    "transformers, retrofit": "import zemoe.integrations.transformers_retrofit",
+    "transformers, MoE++": "import zemoe.integrations.transformers.moepp",
+    "transformers, ZEDA": "import zemoe.integrations.transformers.zeda",
+    "transformers, retrofit": "import zemoe.integrations.transformers.retrofit",
 }
 
 

@@ -25,10 +25,10 @@ from vllm.model_executor.models import longcat_flash
 from vllm.platforms import current_platform
 
 from vllm_minors import missing
-from zemoe.from_logits import moe_from_logits
-from zemoe.integrations import vllm as plugin
-from zemoe.integrations import vllm_layers, vllm_models
-from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoE
+from zemoe.integrations.engines.from_logits import moe_from_logits
+from zemoe.integrations.vllm import layers as our_layers
+from zemoe.integrations.vllm import models, plugin
+from zemoe.integrations.vllm.layers import ZeroExpertLongcatMoE
 from zemoe.routing import router_logits
 
 T, H, WIDTH, E, Z, K = 9, 200, 24, 6, 5, 4
@@ -71,9 +71,9 @@ def configuration(**changes) -> SimpleNamespace:
     ],
 )
 def test_what_vllm_keeps_for_itself(changes, reason):
-    assert vllm_models.why_not(configuration()) is None
-    assert reason in vllm_models.why_not(configuration(**changes))
-    assert reason in vllm_models.why_not(configuration(**changes, quant_config=FP8))
+    assert models.why_not(configuration()) is None
+    assert reason in models.why_not(configuration(**changes))
+    assert reason in models.why_not(configuration(**changes, quant_config=FP8))
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_what_vllm_keeps_for_itself(changes, reason):
     ],
 )
 def test_when_the_experts_are_vllms(changes, reason):
-    assert vllm_models.why_their_experts(configuration()) is None
-    assert vllm_models.why_not(configuration(**changes)) is None
-    assert reason in vllm_models.why_their_experts(configuration(**changes))
+    assert models.why_their_experts(configuration()) is None
+    assert models.why_not(configuration(**changes)) is None
+    assert reason in models.why_their_experts(configuration(**changes))
 
 
 def test_batch_invariance_is_not_ours(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    assert "VLLM_BATCH_INVARIANT" in vllm_models.why_not(configuration())
+    assert "VLLM_BATCH_INVARIANT" in models.why_not(configuration())
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "why"),
-    [("rocm", torch.bfloat16, vllm_models.why_not), ("cuda", torch.float32, vllm_models.why_their_experts)],
+    [("rocm", torch.bfloat16, models.why_not), ("cuda", torch.float32, models.why_their_experts)],
 )
 def test_another_device(monkeypatch, name, dtype, why):
     """No path for ROCm; on CUDA our experts only where our own kernels run, and they take 16 bits."""
@@ -116,9 +116,9 @@ def test_ways_between_ranks(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     ways = {"enable_expert_parallel": True, "data_parallel_size": 2}
-    assert vllm_models.why_not(configuration(**ways)) is None
+    assert models.why_not(configuration(**ways)) is None
     for changes in ({}, {"quant_config": FP8}):
-        found = vllm_models.why_not(configuration(**ways, **changes, all2all_backend="deepep_low_latency"))
+        found = models.why_not(configuration(**ways, **changes, all2all_backend="deepep_low_latency"))
         assert "deepep_low_latency" in found
 
 
@@ -172,7 +172,7 @@ def test_register(registry, monkeypatch, heard):
     plugin.register()
     for architecture, name in plugin.ARCHITECTURES.items():
         ours, stock = registry[architecture].load_model_cls(), name.rpartition("ZeroExpert")[2]
-        assert ours.__module__ == "zemoe.integrations.vllm_models"
+        assert ours.__module__ == "zemoe.integrations.vllm.models"
         assert ours.__mro__[1].__name__ == stock and ours.__mro__[1].__module__.startswith("vllm.")
     assert lines(heard) == []
 
@@ -212,10 +212,10 @@ def test_off_is_seen():
     ],
 )
 def test_all_layers_are_of_one_kind(monkeypatch, heard, changes, layer, said):
-    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
+    monkeypatch.setattr(models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
     stock = longcat_flash.LongcatMoe
     config = configuration(**changes)
-    with vllm_models.moe_layers(config):
+    with models.moe_layers(config):
         assert longcat_flash.LongcatMoe.__name__ == layer
     assert longcat_flash.LongcatMoe is stock
     assert len(lines(heard)) == 1 and said in lines(heard)[0]
@@ -224,19 +224,19 @@ def test_all_layers_are_of_one_kind(monkeypatch, heard, changes, layer, said):
 
 
 def test_a_model_that_fails_to_build(monkeypatch, heard):
-    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
+    monkeypatch.setattr(models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
     stock, config = longcat_flash.LongcatMoe, configuration()
-    with pytest.raises(KeyError), vllm_models.moe_layers(config):
+    with pytest.raises(KeyError), models.moe_layers(config):
         raise KeyError
     assert longcat_flash.LongcatMoe is stock
     # What was compiled with other layers must not be found again; a rotary embedding that is wrong must not be used.
-    assert config.additional_config == {"mine": 1, "zemoe": vllm_models.__version__}
+    assert config.additional_config == {"mine": 1, "zemoe": models.__version__}
     assert config.compilation_config.custom_ops == ["all", "-rotary_embedding"]
 
 
 def test_experts_that_dont_fit_leave_the_model_to_vllm(monkeypatch, heard):
     """Known only while the first layer is built: what was built and noted is forgotten, and one line says why."""
-    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
+    monkeypatch.setattr(models, "get_world_group", lambda: SimpleNamespace(is_first_rank=True))
     stock, config, built = longcat_flash.LongcatMoe, configuration(quant_config=FP8), []
     noted = config.compilation_config
     noted.static_forward_context, noted.static_all_moe_layers = {"before": 0}, ["before"]
@@ -247,26 +247,26 @@ def test_experts_that_dont_fit_leave_the_model_to_vllm(monkeypatch, heard):
         noted.static_forward_context["layer"] = len(built)
         noted.static_all_moe_layers.append("layer")
         if longcat_flash.LongcatMoe is not stock:
-            raise vllm_layers.UnsupportedExpertsError("its experts choose by themselves")
+            raise our_layers.UnsupportedExpertsError("its experts choose by themselves")
 
-    vllm_models.construct(build, config)
-    assert built == [vllm_layers.ZeroExpertLongcatMoEAroundTheirs, stock]
+    models.construct(build, config)
+    assert built == [our_layers.ZeroExpertLongcatMoEAroundTheirs, stock]
     assert noted.static_forward_context == {"before": 0, "layer": 2}
     assert config.additional_config == {"mine": 1}
     assert len(lines(heard)) == 1 and "vLLM's own MoE layers: its experts choose by themselves" in lines(heard)[0]
 
 
 def test_one_rank_speaks(monkeypatch, heard):
-    monkeypatch.setattr(vllm_models, "get_world_group", lambda: SimpleNamespace(is_first_rank=False))
+    monkeypatch.setattr(models, "get_world_group", lambda: SimpleNamespace(is_first_rank=False))
     for config in (configuration(), configuration(quant_config=FP8), configuration(lora_config=object())):
-        with vllm_models.moe_layers(config):
+        with models.moe_layers(config):
             pass
     assert lines(heard) == []
 
 
 def test_same_arguments_as_the_layer_that_it_replaces():
     stock = inspect.signature(longcat_flash.LongcatMoe.__init__).parameters
-    for layer in (ZeroExpertLongcatMoE, vllm_layers.ZeroExpertLongcatMoEAroundTheirs):
+    for layer in (ZeroExpertLongcatMoE, our_layers.ZeroExpertLongcatMoEAroundTheirs):
         ours = inspect.signature(layer.__init__).parameters
         assert list(stock) == list(ours)
         assert {name: stock[name].default for name in stock} == {name: ours[name].default for name in ours}
@@ -304,8 +304,8 @@ def layers(monkeypatch, ranks: int = 1, hidden: int = H) -> list[ZeroExpertLongc
     bias = torch.randn(E + Z, generator=generator) * 0.05
     made = []
     for rank in range(ranks):
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_world_size", lambda: ranks)
+        monkeypatch.setattr(our_layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(our_layers, "get_tensor_model_parallel_world_size", lambda: ranks)
         layer = ZeroExpertLongcatMoE(
             config, E, K, hidden, WIDTH, params_dtype=torch.float32, prefix="model.layers.0.mlp"
         )
@@ -385,7 +385,7 @@ def test_dead_rows_are_not_loaded():
         "model.layers.11.mlps.0.gate_proj.weight",
         "lm_head.weight",
     ]
-    found = vllm_models.without_dead_rows([(name, torch.zeros(1)) for name in names + others], E)
+    found = models.without_dead_rows([(name, torch.zeros(1)) for name in names + others], E)
     assert [name for name, _ in found] == names[:E] + others
 
 
@@ -404,7 +404,7 @@ def test_layer(monkeypatch, count):
 
 def test_ranks_sum_up_to_the_layer(monkeypatch):
     """With the zero experts' part in the sum once."""
-    monkeypatch.setattr(vllm_layers, "tensor_model_parallel_all_reduce", lambda y_TH: y_TH)
+    monkeypatch.setattr(our_layers, "tensor_model_parallel_all_reduce", lambda y_TH: y_TH)
     x_TH = tokens()
     (whole,) = layers(monkeypatch)
     parts = [layer(x_TH) for layer in layers(monkeypatch, ranks=2)]

@@ -19,8 +19,8 @@ from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 from vllm_fp8 import BLOCK, in_blocks
-from zemoe.integrations import vllm_layers
-from zemoe.integrations.vllm_layers import ZeroExpertLongcatMoEAroundTheirs
+from zemoe.integrations.vllm import layers
+from zemoe.integrations.vllm.layers import ZeroExpertLongcatMoEAroundTheirs
 
 # vLLM's kernels for CPUs want multiples of 32, and blocks of FP8 are of 128.
 H, WIDTH, E, Z, K = 256, 128, 6, 5, 4
@@ -189,21 +189,21 @@ def test_each_rank_adds_the_zero_experts(layer, monkeypatch):
     factor_T1 = SCALING * (scores.gather(1, ids_TK) * zero_TK).sum(-1, keepdim=True)
     monkeypatch.setattr(layer.module.experts, "forward", lambda hidden_states, router_logits: hidden_states.mul_(0))
     for rank in (0, 1):
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_world_size", lambda: 2)
+        monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: 2)
         torch.testing.assert_close(layer(x_TH.clone()).double(), factor_T1 * x_TH, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_that_choose_by_themselves_are_refused(monkeypatch):
     """They would take our packed routing for logits."""
     monkeypatch.setattr(cpu_moe.CPUUnquantizedExperts, "is_monolithic", staticmethod(lambda: True))
-    with pytest.raises(vllm_layers.UnsupportedExpertsError, match=r"themselves \(UnquantizedFusedMoEMethod\)"):
+    with pytest.raises(layers.UnsupportedExpertsError, match=r"themselves \(UnquantizedFusedMoEMethod\)"):
         Layer()
 
 
 def test_a_missing_kernel_is_named(monkeypatch):
     monkeypatch.setattr(cpu_moe.CPUExpertsFp8, "_supports_current_device", staticmethod(lambda: False))
-    with pytest.raises(vllm_layers.UnsupportedExpertsError, match=r"no experts for it here \(Fp8MoEMethod\)"):
+    with pytest.raises(layers.UnsupportedExpertsError, match=r"no experts for it here \(Fp8MoEMethod\)"):
         Layer(fp8=True, dtype=torch.bfloat16)
 
 

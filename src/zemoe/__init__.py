@@ -63,9 +63,9 @@ _NEED_TRANSFORMERS = ("retrofit_", "unretrofit_")
 def __getattr__(name: str) -> Any:
     if name not in _NEED_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .integrations import transformers_retrofit
+    from .integrations.transformers import retrofit
 
-    return getattr(transformers_retrofit, name)
+    return getattr(retrofit, name)
 
 
 def __dir__() -> list[str]:

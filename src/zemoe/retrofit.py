@@ -1,6 +1,6 @@
 """Zero experts for a trained mixture-of-experts block, the ZEDA way: what is the same in every framework.
 
-`zemoe.retrofit_` puts it into models of transformers (integrations/transformers_retrofit.py). A block keeps its class's
+`zemoe.retrofit_` puts it into models of transformers (integrations/transformers/retrofit.py). A block keeps its class's
 own forward, its parameters and their names; added are one row of router weight a zero expert, and a forward over all
 slots. Source: ZEDA (arXiv 2605.18643), SPEC section 5.
 

@@ -110,7 +110,7 @@ def generate(
     Raises:
         ValueError: if the model's logits are not finite.
     """
-    from ..integrations.transformers_cache import CACHE
+    from ..integrations.transformers.cache import CACHE
 
     config = model.config
     ends = model.generation_config.eos_token_id if model.generation_config is not None else config.eos_token_id

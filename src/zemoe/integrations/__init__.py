@@ -1,1 +1,1 @@
-"""Bridges to other frameworks, one module each. Importing one changes nothing until its functions are called."""
+"""Bridges to other frameworks, one package each. Importing one changes nothing until its functions are called."""
