@@ -17,6 +17,7 @@ from transformers_shared import logits_of
 from transformers_tiny import SIZES, tiny_config, tiny_ids, tiny_model
 from zemoe.checkpoints.config import READ, check_config
 from zemoe.checkpoints.longcat import CheckpointError, count_numbers, verify
+from zemoe.integrations.transformers.layers import modeling
 
 CONFIG = {**SIZES, "model_type": "longcat_flash"}
 BILLION = 10**9
@@ -95,7 +96,7 @@ def test_n_gram_embeddings_are_refused_by_the_layers_too(checkpoint, tmp_path):
     """`apply` and from_pretrained would leave the embeddings out, with a warning only."""
     folder = changed(checkpoint, tmp_path, ngram_vocab_size_ratio=78)
     with bridge.applied(), pytest.raises(ValueError, match=r"ngram_vocab_size_ratio.*no part of LongCat-Flash"):
-        bridge.modeling.LongcatFlashForCausalLM.from_pretrained(folder)
+        modeling.LongcatFlashForCausalLM.from_pretrained(folder)
     check_config(CONFIG | {"ngram_vocab_size_ratio": None, "oe_ratio": 0, "attention_method": "MLA"})
 
 
@@ -161,7 +162,7 @@ def test_count_numbers(changes):
     """Without a model: the parameters of one with our layers, and a selection bias a layer."""
     config = tiny_config(**changes)
     with bridge.applied():
-        model = bridge.modeling.LongcatFlashForCausalLM(config)
+        model = modeling.LongcatFlashForCausalLM(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert count_numbers(CONFIG | changes) == parameters + 2 * (5 + 3)
 

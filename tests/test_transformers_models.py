@@ -164,7 +164,7 @@ def test_threads_that_load_at_once(folders, stock_logits, ids, monkeypatch):
             yield
             inside.pop()
 
-    monkeypatch.setattr(bridge, "applied", slow)
+    monkeypatch.setattr("zemoe.integrations.transformers.loading.applied", slow)
     with ThreadPoolExecutor(3) as pool:
         models = list(pool.map(bridge.load_model, folders.values()))
     assert most == [1, 1, 1] and not bridge.is_applied()
