@@ -4,7 +4,8 @@ Exit codes: 0; 1 for what failed on the way; 2 for what was asked wrongly; 130 a
 stderr that says what to do. The process begins in `zemoe_main`, which imports this.
 """
 
-# No `from __future__ import annotations` here: typer evaluates annotations; those in `app` name what it imported.
+# No `from __future__ import annotations` here: typer evaluates annotations, and those of a command name what the
+# function around it imported.
 
 import json
 import logging
@@ -76,15 +77,8 @@ def _print_json(result: dict[str, Any]) -> None:
 
 
 def app() -> "typer.Typer":
-    """The command line as typer has it."""
+    """Return the command line as typer has it."""
     import typer
-
-    from .bench.baselines import BASELINES
-    from .bench.cases import load_cases
-    from .experts import BACKENDS
-    from .generate.command import DTYPES, EMBEDDED, Request
-    from .generate.decoding import Sampling
-    from .terminal import CommandError
 
     cli = typer.Typer(
         name="zemoe",
@@ -101,6 +95,20 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         pass
+
+    for add_command in (_add_generate, _add_doctor, _add_bench, _add_train, _add_report):  # as --help lists them
+        add_command(cli)
+    return cli
+
+
+def _add_generate(cli: "typer.Typer") -> None:
+    """Add `zemoe generate` to the command line."""
+    import typer
+
+    from .experts import BACKENDS
+    from .generate.command import DTYPES, EMBEDDED, Request, run
+    from .generate.decoding import Sampling
+    from .terminal import CommandError, open_console
 
     text, source = partial(typer.Option, rich_help_panel="Text"), partial(typer.Option, rich_help_panel="Model")
 
@@ -128,9 +136,6 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Write text with a zero-expert language model, each token shaded by the FFN experts that it used."""
-        from .generate.command import run
-        from .terminal import open_console
-
         with _one_line_errors():
             try:
                 sampling = Sampling(
@@ -154,6 +159,11 @@ def app() -> "typer.Typer":
                 _print_json(result)
         raise typer.Exit(code)
 
+
+def _add_doctor(cli: "typer.Typer") -> None:
+    """Add `zemoe doctor` to the command line."""
+    import typer
+
     @cli.command()
     def doctor(
         as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
@@ -170,6 +180,15 @@ def app() -> "typer.Typer":
             for table in findings(found):
                 console.print(table, "")
         raise typer.Exit(0 if found["ok"] else 1)
+
+
+def _add_bench(cli: "typer.Typer") -> None:
+    """Add `zemoe bench` to the command line."""
+    import typer
+
+    from .bench.baselines import BASELINES
+    from .bench.cases import load_cases
+    from .terminal import open_console
 
     layer, timing = partial(typer.Option, rich_help_panel="Layer"), partial(typer.Option, rich_help_panel="Timing")
     listed = "; several with commas"
@@ -216,7 +235,6 @@ def app() -> "typer.Typer":
         """Time one layer, router included, beside baselines and the machine's floor, after checking all of them."""
         from .bench.command import run
         from .bench.request import BenchRequest, numbers
-        from .terminal import open_console
 
         with _one_line_errors():
             request = BenchRequest(
@@ -238,6 +256,13 @@ def app() -> "typer.Typer":
             if as_json:
                 _print_json(result)
         raise typer.Exit(code)
+
+
+def _add_train(cli: "typer.Typer") -> None:
+    """Add `zemoe train` to the command line."""
+    import typer
+
+    from .terminal import open_console
 
     asked, running = partial(typer.Option, rich_help_panel="Run"), partial(typer.Option, rich_help_panel="How")
 
@@ -273,7 +298,6 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Train a zero-expert language model on text files; under torchrun, on several devices."""
-        from .terminal import open_console
         from .training import command
 
         request = command.TrainRequest(
@@ -292,6 +316,13 @@ def app() -> "typer.Typer":
                 raise typer.Exit
             raise typer.Exit(command.run(request, open_console(sys.stdout), as_json))
 
+
+def _add_report(cli: "typer.Typer") -> None:
+    """Add `zemoe report` to the command line."""
+    import typer
+
+    from .terminal import open_console
+
     @cli.command()
     def report(
         run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that zemoe train wrote.")],
@@ -300,15 +331,12 @@ def app() -> "typer.Typer":
         ] = False,
     ) -> None:
         """Draw a training run into RUN/plots, and say how it went; needs the extra `report`."""
-        from .terminal import open_console
         from .training import command
 
         with _one_line_errors():
             result = command.report(run, open_console(sys.stderr if as_json else sys.stdout))
         if as_json:
             _print_json(result)
-
-    return cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
