@@ -18,8 +18,9 @@ from zemoe.checkpoints.longcat import verify
 from zemoe.cli import main
 from zemoe.generate.command import EMBEDDED
 from zemoe.integrations.transformers import load_model
-from zemoe.training import export, run, train
+from zemoe.training import export, run
 from zemoe.training.model import start_folder
+from zemoe.training.run import train
 from zemoe.training.settings import SettingsError, make
 
 pytestmark = pytest.mark.usefixtures("on_one_thread")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import training_worker
 from training_worker import ended, one_run, records, settings_for, start
 from zemoe.integrations.transformers import load_model
-from zemoe.training import export, run, state, train
-from zemoe.training.run import Diverged
+from zemoe.training import export, run, state
+from zemoe.training.run import Diverged, train
 from zemoe.training.settings import SettingsError
 from zemoe.training.state import StateError
 

@@ -19,10 +19,11 @@ from tiny_checkpoint import write_checkpoint
 from training_worker import ended, losses, one_rank, records, settings_for, start
 from zemoe.checkpoints.longcat import verify
 from zemoe.integrations.transformers.layers import ZeroExpertLongcatMoE
-from zemoe.training import parallel, state, train
+from zemoe.training import parallel, state
 from zemoe.training.files import Files, prepare
 from zemoe.training.optimizer import Optimizer, rate
 from zemoe.training.parallel import Ranks
+from zemoe.training.run import train
 from zemoe.training.settings import SettingsError, TrainSettings, make
 
 pytestmark = pytest.mark.usefixtures("on_one_thread")

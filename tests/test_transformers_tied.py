@@ -19,7 +19,7 @@ from training_worker import settings_for
 from transformers_shared import TOLERANCE, logits_of
 from transformers_tiny import tiny_ids
 from zemoe.integrations.transformers.zeda import load_zeda
-from zemoe.training import train
+from zemoe.training.run import train
 from zemoe.training.settings import make
 
 # Fixtures
