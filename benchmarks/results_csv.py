@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 import triton
 
+from zemoe.bench.csv_files import write_csv
 from zemoe.machine import commit
 
 
@@ -27,8 +27,5 @@ def write(name: str, rows: list[dict], args: argparse.Namespace) -> None:
     origin |= {"torch": torch.__version__, "triton": triton.__version__}
     path = args.output / device.split(" HBM")[0].lower().replace(" ", "-") / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *origin])
-        writer.writeheader()
-        writer.writerows(row | origin for row in rows)
+    write_csv(path, [row | origin for row in rows])
     print(path)

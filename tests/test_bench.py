@@ -18,6 +18,7 @@ import zemoe
 from zemoe import MoE, machine
 from zemoe.bench import cases, check, command, request, table, timing
 from zemoe.bench.baselines import BASELINES
+from zemoe.bench.csv_files import write_csv
 from zemoe.bench.row import _WARMUP
 from zemoe.bench.timing import Ceilings, moe_floor, router_floor
 from zemoe.cli import main
@@ -406,6 +407,11 @@ def test_csv(call, tmp_path):
         assert float(row["eager_ratio"]) == pytest.approx(float(row["eager_ms"]) / float(row["ms"]), rel=1e-4)
         assert (row["zero_share_asked"], row["torch"]) == ("", metadata.version("torch"))
         assert row["commit"] == "0123abc"
+
+
+def test_a_csv_has_a_column_for_each_key_of_any_row_and_no_cell_where_a_row_lacks_it(tmp_path):
+    write_csv(tmp_path / "rows.csv", [{"T": 1, "ms": "0.10"}, {"T": 2, "note": "a, b"}])
+    assert (tmp_path / "rows.csv").read_bytes() == b'T,ms,note\n1,0.10,\n2,,"a, b"\n'
 
 
 def test_commit(monkeypatch):

@@ -9,9 +9,7 @@ plain loop over tokens before anything is timed. Writes one CSV a shape and dtyp
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
@@ -20,7 +18,9 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 from zemoe import MoE, MoEConfig
+from zemoe.bench.csv_files import write_csv
 from zemoe.bench.timing import cpu_ceilings, interleaved, moe_floor
+from zemoe.machine import commit, processor_model
 
 SHAPES = {"first": (1024, 512, 64, 32, 12), "second": (256, 128, 512, 256, 12)}  # H, I, E, Z, K
 TOKENS = (1, 4, 16, 32, 64, 256, 1024, 4096)
@@ -129,13 +129,6 @@ def run(shape: tuple[int, ...], tokens: list[int], repeats: int, dtype: torch.dt
     return rows
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    raise SystemExit("no CPU model name in /proc/cpuinfo")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="first")
@@ -151,18 +144,14 @@ def main() -> None:
     rows = run(SHAPES[args.shape], args.tokens, args.repeats, getattr(torch, args.dtype))
     if args.output is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
     capability = torch.backends.cpu.get_cpu_capability()
     about = {
-        "threads": args.threads, "seed": args.seed, "repeats": args.repeats, "commit": commit.stdout.strip(),
-        "torch": torch.__version__, "capability": capability, "cpu": cpu_name(),
+        "threads": args.threads, "seed": args.seed, "repeats": args.repeats, "commit": commit(),
+        "torch": torch.__version__, "capability": capability, "cpu": processor_model(),
     }  # fmt: skip
     folder = args.output / f"cpu-{capability.lower()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"layer-{args.shape}-{args.dtype}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
+    write_csv(folder / f"layer-{args.shape}-{args.dtype}.csv", [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ Medians of interleaved runs on fresh random logits, microseconds. Writes routing
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
 
 from zemoe import select_experts
+from zemoe.bench.csv_files import write_csv
 from zemoe.bench.timing import interleaved
+from zemoe.machine import commit
 
 SLOTS = ((64, 32), (512, 256))  # E, Z
 TOKENS = (1, 64, 1024, 4096)
@@ -57,14 +57,10 @@ def main() -> None:
     rows = run()
     if args.output is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
-    about = {"threads": args.threads, "seed": args.seed, "commit": commit.stdout.strip(), "torch": torch.__version__}
+    about = {"threads": args.threads, "seed": args.seed, "commit": commit(), "torch": torch.__version__}
     folder = args.output / f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "routing.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | about for row in rows)
+    write_csv(folder / "routing.csv", [row | about for row in rows])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ each side in a process of its own. vLLM's own layer is no side: it does not run 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -21,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from zemoe.bench.csv_files import write_csv
 
 CONFIG = {
     "architectures": ["LongcatFlashForCausalLM"],
@@ -160,16 +161,13 @@ def main() -> None:
         for (batch, length, new), times in zip(CASES, found, strict=True):
             best = min(times)
             counted = batch * (new if new > 1 else length)
-            rows.append(
-                (side, "eager" if arguments.eager else "compiled", batch, length, new, round(counted / best, 1))
-            )
-            print(*rows[-1], flush=True)
+            row = {"side": side, "mode": "eager" if arguments.eager else "compiled", "requests": batch}
+            row |= {"prompt_tokens": length, "new_tokens": new, "tokens_per_second": round(counted / best, 1)}
+            rows.append(row)
+            print(*row.values(), flush=True)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("side", "mode", "requests", "prompt_tokens", "new_tokens", "tokens_per_second"))
-            writer.writerows(rows)
+        write_csv(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ written at once, so a run that is cut off leaves what it had.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import statistics
 import time
@@ -42,6 +41,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import zemoe
+from zemoe.bench.csv_files import write_csv
 from zemoe.integrations.transformers import patch_
 from zemoe.machine import commit
 
@@ -236,10 +236,8 @@ class Report:
         if self.output is None:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with self.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *self.about], restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | self.about for row in self.rows)
+        empty = dict.fromkeys(COLUMNS, "")
+        write_csv(self.output, [empty | row | self.about for row in self.rows])
 
     def table(self) -> Table:
         """Tokens a second: a line for each mode and batch, a column for each side, and ours over the best other."""

@@ -9,7 +9,6 @@ share of chance that lies in the text. Needs numpy and matplotlib.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import re
 import sys
@@ -23,6 +22,8 @@ from arms import ARMS
 from kinds import KINDS
 from plots import draw
 from run import read_runs
+
+from zemoe.bench.csv_files import write_csv
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -196,13 +197,9 @@ def curve_rows(runs: Rows) -> Rows:
     return rows
 
 
-def write_csv(path: Path, rows: Rows) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    rounded = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rounded)
+def rounded(rows: Rows) -> Rows:
+    """Return rows with their numbers rounded to six significant digits, as the CSVs have them."""
+    return [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -358,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in (parsed.results, parsed.images):
         folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        write_csv(parsed.results / f"{name}.csv", rows)
+        write_csv(parsed.results / f"{name}.csv", rounded(rows))
     draw(files, parsed.images)
     parts = {
         "about": about(runs),

@@ -43,6 +43,13 @@ def device_name(device: str) -> str:
     return name_of(device) if name_of else device  # torch.mps has no names
 
 
+def processor_model() -> str | None:
+    """Return the name of the CPU's model as Linux tells it, None where it tells none."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
 def commit() -> str:
     """The commit that this code comes from, with "-dirty" where files differ from it; "unknown" outside of git."""
     here = Path(__file__).resolve()

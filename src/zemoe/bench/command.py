@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +12,20 @@ from rich.console import Console
 
 from .._version import __version__
 from ..compile_loops import compile_loops
-from ..machine import commit, device_name, versions
+from ..machine import commit, device_name, processor_model, versions
 from ..terminal import CommandError
 from . import cases, table, timing
 from .baselines import BASELINES
 from .cases import Case
+from .csv_files import write_csv
 from .request import BenchRequest, Plan, make_plan
 from .row import WRONG, Row
 
 
 def _about(plan: Plan, at: timing.Ceilings) -> dict[str, Any]:
     installed, name = versions(), device_name(str(plan.device))
-    if plan.device.type == "cpu" and (cpu_info := Path("/proc/cpuinfo")).exists():
-        lines = cpu_info.read_text(encoding="utf-8").splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0]}, {name}" if models else name
+    if plan.device.type == "cpu" and (model := processor_model()):
+        name = f"{model}, {name}"
     return {
         "repeats": plan.repeats,
         "seed": plan.request.seed,
@@ -75,14 +72,9 @@ def _measure_case(
             progress.reached(done + 1)
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    def text(value: Any) -> Any:
-        return f"{value:.6g}" if isinstance(value, float) else value
-
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: text(value) for key, value in (row | about).items()} for row in rows)
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its numbers as text of six significant digits, as the CSV has them."""
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
 
 
 def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict[str, Any]]:
@@ -140,7 +132,7 @@ def run(request: BenchRequest, out: Console, status: Console) -> tuple[int, dict
     }
     try:
         if rows and request.csv is not None:
-            _write_csv(request.csv, rows, about)
+            write_csv(request.csv, [_rounded(row | about) for row in rows])
         if rows and request.plot is not None:
             from .plot import plot
 
