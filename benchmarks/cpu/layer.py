@@ -2,8 +2,8 @@
 
     python benchmarks/cpu/layer.py --shape first --output benchmarks/results
 
-Both sides have the same weights in memory of their own, run in turn on fresh random inputs, and are checked against a
-plain loop over tokens before anything is timed. Writes one CSV a shape and dtype.
+Both sides have the same weights in memory of their own, run in turn on fresh random inputs, and are checked against
+zemoe.reference before anything is timed. Writes one CSV a shape and dtype.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
 
 from zemoe import MoE, MoEConfig
+from zemoe.bench.check import expected, judge
 from zemoe.bench.csv_files import write_csv
 from zemoe.bench.timing import cpu_ceilings, interleaved, moe_floor
 from zemoe.machine import commit, processor_model
@@ -59,38 +60,16 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Module, MoE]:
     return eager.eval(), ours.eval()
 
 
-def by_tokens(x_TH: Tensor, layer: MoE) -> tuple[Tensor, Tensor]:
-    """The layer as a loop over tokens and choices in float64, and the ids that it chose."""
-    w13, w2 = layer.w13.double(), layer.w2.double()
-    scores = (x_TH.double() @ layer.router.classifier.weight.double().t()).softmax(-1)
-    weights_TK, ids_TK = scores.topk(layer.config.top_k)
-    y_TH = torch.zeros_like(x_TH, dtype=torch.float64)
-    for y, x, weights, ids in zip(y_TH, x_TH.double(), weights_TK, ids_TK.tolist(), strict=True):
-        for weight, e in zip(weights, ids, strict=True):
-            if e >= len(w13):
-                y += SCALE * weight * x
-            else:
-                gate, up = (w13[e] @ x).chunk(2)
-                y += SCALE * weight * (w2[e] @ (torch.nn.functional.silu(gate) * up))
-    return y_TH, ids_TK
-
-
-def judge(name: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    error = ((got.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()).item()
-    if not error <= tolerance:
-        raise SystemExit(f"{name} is wrong: relative RMS error {error:.2e}")
-
-
 @torch.inference_mode()
 def run(shape: tuple[int, ...], tokens: list[int], repeats: int, dtype: torch.dtype) -> list[dict[str, object]]:
     H, I, E, Z, K = shape
     eager, ours = build(shape, dtype)
     sides = {"eager": lambda x: eager(x[None]), "ours": ours}
     x = torch.randn(48, H).to(dtype)
-    wanted, _ = by_tokens(x, ours)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    wanted = expected(ours, x)
     for name, side in sides.items():
-        judge(name, side(x).view_as(wanted), wanted, tolerance)
+        if wrong := judge(side(x).view_as(x), wanted):
+            raise SystemExit(f"{name} is wrong: {wrong}")
     at = cpu_ceilings(dtype)
     print(f"reading {at.bytes_per_second / 1e9:.1f} GB/s, products {at.flops_per_second / 1e9:.0f} GFLOP/s", flush=True)
     rows = []

@@ -41,6 +41,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import zemoe
+from zemoe.bench.check import rms
 from zemoe.bench.csv_files import write_csv
 from zemoe.integrations.transformers import patch_
 from zemoe.machine import commit
@@ -191,7 +192,7 @@ def seen_by_layers(model: LongcatFlashForCausalLM, ids: Tensor) -> tuple[list[tu
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return ((got.float() - wanted.float()).square().mean().sqrt() / wanted.float().square().mean().sqrt()).item()
+    return (rms((got.float() - wanted.float()).flatten()) / rms(wanted.flatten())).item()
 
 
 def check(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .affine import AffineParams
+from .bench.check import allowed_error, rms
 from .experts import BACKENDS, fused_experts, resolve_backend
 from .kernels.triton import gpus
 from .machine import device_name, usable_devices, versions
@@ -104,20 +105,20 @@ class _Layer:
         return outputs | {f"gradient of {name}": gradient for name, gradient in named}
 
 
-def _rms(values: Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
-
-
 def _worst(result: dict[str, Tensor], exact: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest RMS error over what is allowed, and of which tensor; infinity for what isn't finite.
+    """Return the largest RMS error over the allowed one, and of which tensor; infinity where it isn't finite.
 
-    Allowed is four times the error of the reference run in the same dtype, or four roundings where that is exact.
+    own: the results of the reference in the same dtype.
     """
+
+    def size(values: Tensor) -> float:
+        return rms(values.flatten()).item()
+
     worst = (0.0, "output")
     for name, tensor in result.items():
-        rounding = torch.finfo(tensor.dtype).eps * _rms(exact[name])
-        allowed = 4 * max(_rms(own[name].double() - exact[name].double()), rounding)
-        error = _rms(tensor.cpu().double() - exact[name].double()) / allowed
+        wanted = exact[name].double()
+        allowed = allowed_error(size(own[name].double() - wanted), size(wanted), tensor.dtype)
+        error = size(tensor.cpu().double() - wanted) / allowed
         worst = max(worst, (error if error == error else float("inf"), name))
     return worst
 

@@ -1,4 +1,4 @@
-"""What `zemoe bench` knows to be right: a few tokens of a layer by zemoe.reference in float64.
+"""How far a result may be from zemoe.reference in float64, and a few tokens of a layer to judge it by.
 
 T tokens, H hidden size, A slots, K choices a token, n tokens that are checked.
 """
@@ -19,6 +19,7 @@ TOKENS = 4
 _CANDIDATES = 12
 # Of the largest score: a smaller gap between the last choice and the best slot left out is float32's to decide.
 _CLEAR_GAP = 1e-4
+_REFERENCE_ERRORS = 4  # the error that is allowed, in errors of the reference in the same dtype
 # Of float32: an error of a token's logits moves all of its weights together, so a few tokens say little about its size.
 _ROUTER_ROUNDINGS = 32
 
@@ -38,8 +39,18 @@ def _clear(selection: reference.Selection, row: int, top_k: int) -> bool:
     return best_first[top_k - 1] - best_first[top_k] > _CLEAR_GAP * selection.scores_TA[row].max().item()
 
 
-def _rms(values_nH: Tensor) -> Tensor:
-    return values_nH.double().square().mean(-1).sqrt()
+def rms(values: Tensor) -> Tensor:
+    """Return the root of the mean square over the last dimension, in float64."""
+    return values.double().square().mean(-1).sqrt()
+
+
+def allowed_error(own_error: float, size: float, dtype: torch.dtype) -> float:
+    """Return the largest RMS error that a result in `dtype` may have.
+
+    own_error: RMS error of the reference when it computes in that dtype. size: RMS of the exact result. Four times the
+    error of the reference is allowed, or four roundings of the result where the reference makes less than one.
+    """
+    return _REFERENCE_ERRORS * max(own_error, torch.finfo(dtype).eps * size)
 
 
 @contextmanager
@@ -57,8 +68,8 @@ def _one_thread() -> Iterator[None]:
 def expected(layer: MoE, x_TH: Tensor) -> Expected:
     """Up to four tokens of `layer(x_TH)`, the first, the last and random ones; none where no choice is clear.
 
-    Routing in float64 too. Allowed is four times the error that the reference makes in the layer's own dtype (with
-    routing in float32), or a number of roundings where that is more.
+    They are routed in float64 too. What `allowed_error` says of the layer's own dtype (with routing in float32) is
+    allowed, or a number of roundings of the router's logits where that is more.
     """
     config, router = layer.config, layer.router
     T = x_TH.shape[0]
@@ -104,10 +115,10 @@ def expected(layer: MoE, x_TH: Tensor) -> Expected:
         return Expected([], x_nH.double(), 0.0)
     exact_nH = outputs(selection.topk_weights_TK[rows], torch.float64)
     own_weights = selected(x_nH, ids_nK, torch.float32).topk_weights_TK
-    own_error = _rms(outputs(own_weights, x_TH.dtype) - exact_nH).amax().item()
-    size = _rms(exact_nH).amax().item()
-    roundings = max(4 * torch.finfo(x_TH.dtype).eps, _ROUTER_ROUNDINGS * torch.finfo(torch.float32).eps)
-    return Expected([candidates[row] for row in rows], exact_nH, max(4 * own_error, roundings * size))
+    own_error = rms(outputs(own_weights, x_TH.dtype) - exact_nH).amax().item()
+    size = rms(exact_nH).amax().item()
+    allowed = max(allowed_error(own_error, size, x_TH.dtype), _ROUTER_ROUNDINGS * torch.finfo(torch.float32).eps * size)
+    return Expected([candidates[row] for row in rows], exact_nH, allowed)
 
 
 def judge(out_TH: Tensor, wanted: Expected) -> str:
@@ -116,11 +127,11 @@ def judge(out_TH: Tensor, wanted: Expected) -> str:
         return "its output is not finite"
     if not wanted.tokens:
         return ""
-    errors = _rms(out_TH[wanted.tokens].double() - wanted.exact_nH)
+    errors = rms(out_TH[wanted.tokens].double() - wanted.exact_nH)
     worst = int(errors.argmax())
     if not errors[worst].item() <= wanted.allowed:
         return (
             f"token {wanted.tokens[worst]} is off by {errors[worst].item():.2g} RMS, {wanted.allowed:.2g} is allowed "
-            f"(its own size is {_rms(wanted.exact_nH)[worst].item():.2g})"
+            f"(its own size is {rms(wanted.exact_nH)[worst].item():.2g})"
         )
     return ""
