@@ -1,4 +1,6 @@
-"""Every balance loss and the DeepSeek controller against SPEC section 5, stated again here as loops in float64.
+"""Every balance loss and the DeepSeek controller against their formulas, stated again here as loops in float64.
+
+The formulas: docs/specification.md, "Balance losses" and "Selection-bias controllers".
 
 Nothing of zemoe is used in the restatements: scores, counts and sums are written out, so that they can't share a fault.
 E FFN experts, Z zero-computation experts, A slots, K choices, T tokens.
@@ -30,7 +32,7 @@ A = E + Z
 TAU, W, KE = 0.4, 0.7, 2.25
 
 
-# ------------------------------------------------------------------------------------------------- SPEC, once again
+# ------------------------------------------------------------------------------------------------- the formulas
 
 
 def score(logit: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The table of values at the edges (section 4 of the specification), row by row, on every backend and every class."""
+"""The tables of values at the edges, row by row, on every backend and every class.
+
+Source: docs/specification.md, "NaN and infinities" and "Shapes, dtypes and errors".
+"""
 
 from __future__ import annotations
 

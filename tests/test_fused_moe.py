@@ -1,4 +1,4 @@
-"""FusedMoE and ZeroExpertFusedMoE (section 3 of the specification): what they compute."""
+"""FusedMoE and ZeroExpertFusedMoE (docs/specification.md, "Engine names"): what they compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What inference engines hand to FusedMoE: arguments, custom routing, weights (section 3 of the specification)."""
+"""What inference engines hand to FusedMoE: arguments, custom routing, weights.
+
+Source: docs/specification.md, "Engine names".
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ REFUSED = {
 
 
 class TestArguments:
-    def test_names_of_section_3(self):
+    def test_the_names_of_engines_are_attributes(self):
         layer = zero_layer(
             MIXED,
             router=Classifier(),

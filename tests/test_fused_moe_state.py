@@ -1,4 +1,7 @@
-"""What ZeroExpertFusedMoE holds between calls: swapped attributes, the memo, and otherwise nothing (section 3)."""
+"""What ZeroExpertFusedMoE holds between calls: swapped attributes, the memo, and otherwise nothing.
+
+Source: docs/specification.md, "Engine names".
+"""
 
 from __future__ import annotations
 

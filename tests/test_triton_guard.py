@@ -135,7 +135,7 @@ def same_in_both(run: Callable[[Fence], list[Tensor | None]], device: str, shift
     return [result.cpu() for result in results[0] if result is not None]
 
 
-# --- the experts and their plan: the edges of section 4 of the specification
+# --- the experts and their plan: docs/specification.md, "NaN and infinities"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""Load balance: slot counts, balance losses and the controllers of the selection bias (SPEC section 5).
+"""Load balance: slot counts, balance losses and the controllers of the selection bias.
+
+Their formulas: docs/specification.md, "Balance losses" and "Selection-bias controllers".
 
 T tokens, E FFN experts, Z zero-computation experts, A = E + Z slots, K choices, K_e FFN experts a token wanted,
 D groups of FFN experts. n_i is how often slot i was chosen, P_i its mean score over the T tokens that count.

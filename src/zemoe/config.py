@@ -32,7 +32,7 @@ def check_scale(factor: object) -> None:
 
 
 def renormalize_mode(renormalize: str | bool) -> str:
-    """The canonical mode: True means "all", False means "none" (SPEC section 1, step 7)."""
+    """The canonical mode: True means "all", False means "none" (docs/specification.md, "Renormalising")."""
     if isinstance(renormalize, bool):
         return "all" if renormalize else "none"
     if renormalize not in RENORMALIZE_MODES:
@@ -85,7 +85,7 @@ def warn_of_weights_without_gradient(top_k: int, renormalize: str | bool) -> Non
 def check_groups(
     num_expert_group: int | None, topk_group: int | None, num_slots: int, top_k: int, has_bias: bool
 ) -> None:
-    """Raise ValueError unless the group limit of SPEC section 1, step 4 can be applied to `num_slots` slots."""
+    """Raise ValueError unless `num_slots` slots can have this group limit (docs/specification.md, "Group limit")."""
     if num_expert_group is None and topk_group is None:
         return
     if num_expert_group is None or topk_group is None:

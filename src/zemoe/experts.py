@@ -366,7 +366,9 @@ def fused_experts(
     backend: str | None = None,
     constant_logits: Tensor | None = None,
 ) -> Tensor:
-    """y_t = sum_k weight_tk * expert_{id_tk}(x_t), FFN and zero-computation experts together (SPEC section 2).
+    """y_t = sum_k weight_tk * expert_{id_tk}(x_t), FFN and zero-computation experts together.
+
+    What it computes: docs/specification.md, "FFN experts", "Zero-computation experts" and what follows them there.
 
     Args:
         hidden_states: [..., H], float32, bfloat16, float16 or float64.

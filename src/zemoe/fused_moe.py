@@ -1,4 +1,6 @@
-"""FusedMoE and ZeroExpertFusedMoE: the layer under the names that inference engines use (SPEC section 3).
+"""FusedMoE and ZeroExpertFusedMoE: the layer under the names that inference engines use.
+
+Their names and arguments: docs/specification.md, "Engine names".
 
 T tokens, H hidden size, I expert width, E FFN experts, Z zero-computation experts, A = E + Z slots, K choices.
 Nothing is stored on a module during forward; the one exception is the explicit, per-thread memo of `_memoize`.
@@ -66,7 +68,7 @@ class FusedMoE(StaysFloat32):
 
     Args:
         num_experts: E. top_k: K. hidden_size: H. intermediate_size: I.
-        renormalize: True or "all", False or "none", "real", "nonnull" (SPEC section 1, step 7).
+        renormalize: True or "all", False or "none", "real", "nonnull" (docs/specification.md, "Renormalising").
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
         e_score_correction_bias: [E] float tensor added for the selection only; kept as a buffer that shares its memory
             and is not saved, for its owner (the router) saves it.

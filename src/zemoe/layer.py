@@ -74,7 +74,7 @@ class SharedExperts(nn.Module):
 
 
 class MoE(StaysFloat32):
-    """A zero-expert MoE block: hidden states in, hidden states out (SPEC sections 1 and 2).
+    """A zero-expert MoE block: hidden states in, hidden states out (docs/specification.md).
 
     Args:
         config: MoEConfig.

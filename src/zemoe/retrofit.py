@@ -2,7 +2,7 @@
 
 `zemoe.retrofit_` puts it into models of transformers (integrations/transformers/retrofit.py). A block keeps its class's
 own forward, its parameters and their names; added are one row of router weight a zero expert, and a forward over all
-slots. Source: ZEDA (arXiv 2605.18643), SPEC section 5.
+slots. Source: ZEDA (arXiv 2605.18643); docs/specification.md, "Retrofit".
 
 T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices.
 """

@@ -1,7 +1,8 @@
 """From logits to the chosen experts and their weights; and how others get to see them.
 
 T tokens, H hidden size, E FFN experts, Z zero-computation experts, A = E + Z slots, K choices per token.
-Everything here computes in float32, whatever the dtype of the hidden states (SPEC section 1).
+Everything here computes in float32, whatever the dtype of the hidden states
+(docs/specification.md, "Router logits").
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def select_experts(
     num_expert_group: int | None = None,
     topk_group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose K of A slots for each token (SPEC section 1, steps 2 to 8).
+    """Choose K of A slots for each token, and weigh them.
+
+    The rules: docs/specification.md, "Scores" up to "Renormalising".
 
     Args:
         logits_TA: [T, A] router logits of any float dtype; computed in float32.

@@ -1,6 +1,6 @@
 """Scores of logits, and the weights that chosen slots get from them.
 
-T tokens, A slots, K choices per token; all in float32 (SPEC section 1).
+T tokens, A slots, K choices per token; all in float32 (docs/specification.md, "Scores").
 """
 
 from __future__ import annotations

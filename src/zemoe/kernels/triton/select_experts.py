@@ -1,4 +1,6 @@
-"""From logits to the chosen experts and their weights, one launch: SPEC section 1, steps 2 to 8.
+"""From logits to the chosen experts and their weights, one launch.
+
+The rules: docs/specification.md, "Scores" up to "Renormalising".
 
 A program routes one token. Its row of values to choose by stays in registers as integers of the same order; K times the
 largest is taken, the lowest slot among equals.
