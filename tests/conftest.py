@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.utils import _device  # not imported by every torch
 
+from helpers.processes import on_terminal  # noqa: F401, a fixture
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import as_rank
+from helpers.ranks import as_rank
 from zemoe import FusedMoE, MoE, MoEConfig, ZeroExpertFusedMoE
 
 H, A, T = 16, 8, 12

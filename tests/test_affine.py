@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judge import Case, judge, only_zero_experts
+from helpers.judge import Case, judge, only_zero_experts
 from zemoe import AffineParams, fused_experts
 from zemoe.affine import AFFINE_KINDS, affine_coefficients, check_kinds, check_params, count_kind
 from zemoe.config import expand_kinds

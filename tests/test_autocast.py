@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import Case, assert_bitwise, one_thread
+from helpers.judge import Case, assert_bitwise, one_thread
 from zemoe import AffineParams, MoE, MoEConfig, fused_experts
 from zemoe.integrations.engines.from_logits import moe_from_logits
 

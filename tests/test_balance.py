@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from judge import judge
-from ranks import as_rank
+from helpers.judge import judge
+from helpers.ranks import as_rank
 from zemoe import MoE, MoEConfig, Routing, observe, reference, select_experts
 from zemoe.balance import (
     ffn_experts_per_token,

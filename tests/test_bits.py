@@ -1,7 +1,7 @@
 """What docs/train.md promises about bits, as it stands there ("To the bit").
 
 A process of its own computes each time, so that what ran before in this one has no say. The numbers of a run that was
-killed and resumed are in test_training_run.py.
+killed and resumed are in training/test_run.py.
 """
 
 from __future__ import annotations

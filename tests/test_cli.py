@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import zemoe
-from tiny_checkpoint import CONTEXT, byte_tokenizer, write_checkpoint
+from helpers.tiny_checkpoint import CONTEXT, byte_tokenizer, write_checkpoint
 from zemoe.cli import app, main
 from zemoe.experts import BACKENDS
 from zemoe.generate import command as generate_module

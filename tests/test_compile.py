@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import one_thread
+from helpers.judge import one_thread
 from zemoe import MoE, MoEConfig
 
 KINDS = {

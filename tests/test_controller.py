@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranks import as_rank
+from helpers.ranks import as_rank
 from zemoe import BudgetController, Routing, reference, select_experts, update_longcat_bias_
 
 LAYER = ("layer", 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from judge import BY_NAME, Case, assert_bitwise, judge
+from helpers.judge import BY_NAME, Case, assert_bitwise, judge
 from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts
 from zemoe.affine import AFFINE_KINDS
 from zemoe.experts import BACKENDS

@@ -9,8 +9,23 @@ import pytest
 import torch
 from torch import nn
 
-from judge import assert_bitwise, judge
-from layers import BASE, MIXED, A, Classifier, E, H, K, Z, base_layer, fill, judge_layer, rules, tokens, zero_layer
+from helpers.judge import assert_bitwise, judge
+from helpers.layers import (
+    BASE,
+    MIXED,
+    A,
+    Classifier,
+    E,
+    H,
+    K,
+    Z,
+    base_layer,
+    fill,
+    judge_layer,
+    rules,
+    tokens,
+    zero_layer,
+)
 from zemoe import ZeroExpertFusedMoE, observe, reference, select_experts
 from zemoe.scores import SCORES
 

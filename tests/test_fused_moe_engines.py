@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from judge import assert_bitwise, judge
-from layers import BASE, MIXED, A, Classifier, E, H, I, K, Z, base_layer, tokens, zero_layer
+from helpers.judge import assert_bitwise, judge
+from helpers.layers import BASE, MIXED, A, Classifier, E, H, I, K, Z, base_layer, tokens, zero_layer
 from zemoe import FusedMoE, ZeroExpertFusedMoE, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from judge import assert_bitwise
-from layers import MIXED, A, Classifier, E, H, K, base_layer, judge_layer, tokens, zero_layer
+from helpers.judge import assert_bitwise
+from helpers.layers import MIXED, A, Classifier, E, H, K, base_layer, judge_layer, tokens, zero_layer
 from zemoe import ZeroExpertFusedMoE
 from zemoe.experts import BACKENDS
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from judge import assert_bitwise, judge, one_thread
+from helpers.judge import assert_bitwise, judge, one_thread
 from zemoe import MoE, MoEConfig, observe, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuzz_layers import Layer, check, compute, draw, judged, restated, routed
+from helpers.fuzz_layers import Layer, check, compute, draw, judged, restated, routed
 from zemoe import FusedMoE, ZeroExpertFusedMoE, experts
 from zemoe.ops import triton_experts, triton_routing
 
@@ -49,7 +49,7 @@ def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     """Every operator of the Triton backend, in its interpreter, which takes float16 alone."""
     triton_training = pytest.importorskip("triton_training")
     if torch.cuda.is_available():
-        pytest.skip("test_gpu_fuzz.py runs the kernels themselves")
+        pytest.skip("kernels/triton/test_gpu_fuzz.py runs the kernels themselves")
     monkeypatch.setattr("zemoe.routing.can_run", lambda tensor: True)
     triton_training.take(monkeypatch, 16, False, 32)
     monkeypatch.setattr(triton_experts, "rows_per_tile", lambda *_: 16)

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from judge import assert_bitwise
+from helpers.judge import assert_bitwise
 from zemoe import MoE, MoEConfig, Router
 from zemoe.routing import normalize_logits
 

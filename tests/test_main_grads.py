@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from judge import BY_NAME, assert_bitwise
-from test_experts import run
+from helpers.experts import run
+from helpers.judge import BY_NAME, assert_bitwise
 
 pytest.importorskip("triton")
-from triton_training import DTYPE, _on_this_device, on, pointers  # noqa: F401
+from helpers.triton_training import DTYPE, _on_this_device, on, pointers  # noqa: F401
 from zemoe import MoE, MoEConfig
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from judge import assert_bitwise
+from helpers.judge import assert_bitwise
 from zemoe import MoEConfig, Router, Routing, observe
 from zemoe.routing import RoutingModule
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judge import CASES, NO_TOKENS
+from helpers.judge import CASES, NO_TOKENS
 from zemoe.plan import RoutingPlan, make_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from test_cli_process import PROGRAM, environment
+from helpers.paths import ROOT
+from helpers.processes import PROGRAM, environment
 from zemoe.training.stopping import stopping
 
 # Says on its standard error when the import of zemoe begins, which is after the first lines.
@@ -191,7 +191,7 @@ def test_without_standard_error():
 
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     """What a library writes to file 2 must not land in a file of the run."""
-    shutil.copytree(Path(__file__).parents[1] / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "my.txt").write_text("the sea and the wind\n" * 200)
     sets = "--set train.steps=1 --set train.rows=2 --set data.context=8 --set model.vocab_size=260 --set run.device=cpu"
     line = f'cd {tmp_path}; "$@" train --config examples/train.toml --data my.txt --out run {sets} 2>&- >/dev/null <&-'

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_checkpoint import byte_tokenizer
+from helpers.tiny_checkpoint import byte_tokenizer
 from zemoe.checkpoints.tokenizer import TokenizerError, guarded, read_tokenizer
 from zemoe.messages import LONGEST, one_line
 from zemoe.regular_files import kind_of, parse_json, read_bytes

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import zemoe
-from judge import assert_bitwise, one_thread
+from helpers.judge import assert_bitwise, one_thread
 from zemoe import observe, retrofit_, unretrofit_, zero_experts_disabled
 from zemoe.retrofit import ZeroExpertBlock, new_router_rows
 

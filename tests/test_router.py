@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from judge import assert_bitwise, judge
+from helpers.judge import assert_bitwise, judge
 from zemoe import MoE, MoEConfig, Router, reference, select_experts
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

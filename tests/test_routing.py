@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from judge import assert_bitwise, check_selection, judge
+from helpers.judge import assert_bitwise, check_selection, judge
 from zemoe import reference, select_experts
 from zemoe.scores import SCORES
 

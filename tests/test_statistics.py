@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ranks import as_rank
+from helpers.ranks import as_rank
 from zemoe import MoE, MoEConfig, Routing, observe
 from zemoe.balance import (
     adamoe_balance_loss,

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from judge import CASES, Case, check_selection, judge, rejects
+from helpers.judge import CASES, Case, check_selection, judge, rejects
 from zemoe import reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -8,14 +8,13 @@ import sys
 import tomllib
 import warnings
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from zemoe import versions
 from zemoe.versions import TESTED, UntestedVersionWarning, is_tested, range_of, warn_if_untested
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from training import by_backend, step, trained
 
+from training import by_backend, step, trained
 from zemoe.bench.cases import build, load_cases
 from zemoe.kernels.triton import launch
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from kinds import KINDS, STYLE, Vocabulary, common_words, token_kinds
 from torch import Tensor
-from training import Training
 
 from tiny_model import IGNORE, Corpus, bits_per_byte, is_style
+from training import Training
 from zemoe import slot_counts
 
 FIFTHS = 5

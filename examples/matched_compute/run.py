@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # decoder, corp
 from arms import ARMS, Settings
 from evaluation import Readings, brief, routing_numbers, score
 from kinds import read_vocabulary
-from training import Training
 
 from tiny_model import Corpus, smoke_corpus
+from training import Training
 
 SMOKE = {
     "width": 16,
