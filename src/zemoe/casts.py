@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ._compat import EditsStateDict
 
 
-class StaysFloat32(nn.Module):
+class StaysFloat32(EditsStateDict):
     """A module some of whose tensors no cast changes: not `.to(torch.bfloat16)`, `.half()`, `.double()` or `.type()`.
 
     Devices change as ever, and so does the dtype of a tensor that isn't float32 to begin with, but only to float32.
@@ -39,21 +41,12 @@ class StaysFloat32(nn.Module):
 
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def edit_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
+    ) -> dict[str, Any]:
         names = self.stays_float32
-        for key, value in state_dict.items():  # of a copy that load_state_dict has made
+        for key, value in state_dict.items():
             mine = key.startswith(prefix) and (names is None or key[len(prefix) :] in names)
             if mine and isinstance(value, Tensor) and value.is_floating_point():
                 state_dict[key] = value.float()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return state_dict

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._compat import reshape_without_view
 from .affine import AffineParams, affine_coefficients, check_kinds, check_params, kernel_kinds
 from .config import ZeroExpertKinds, check_count, expand_kinds
 from .kernels.activations import ACTIVATIONS
@@ -327,7 +328,7 @@ def unflatten(y_TH: Tensor, shape: torch.Size) -> Tensor:
     Callers add to a layer's output in place. If it were a view, what FSDP hangs on it would be lost then, and with it
     the reduction of the gradients.
     """
-    return y_TH if len(shape) == 2 else torch.ops.aten._unsafe_view(y_TH, shape)
+    return y_TH if len(shape) == 2 else reshape_without_view(y_TH, shape)
 
 
 def moe_ffn(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._compat import inside_backward
 from .casts import StaysFloat32
 from .config import (
     MoEConfig,
@@ -327,7 +328,7 @@ class Observed(Mapping[tuple[str, int], Routing]):
     def record(self, layer: str, routing: Routing) -> None:
         """Keep `routing`; one computed inside a backward pass replaces the one it repeats."""
         micro_batch = max(self.micro_batch, 0)
-        if torch._C._current_graph_task_id() != -1:
+        if inside_backward():
             micro_batch = self._repeated(layer, routing, micro_batch)
         self._routings[layer, micro_batch] = routing
 
@@ -370,7 +371,7 @@ def observe(model: nn.Module) -> Iterator[Observed]:
     seen = Observed()
 
     def start(module: nn.Module, args: tuple) -> None:
-        if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
+        if not inside_backward():  # not a recomputation inside backward
             seen.micro_batch += 1
 
     def recorder(layer: str) -> Callable[[nn.Module, tuple, Routing], None]:

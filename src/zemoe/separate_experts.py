@@ -9,15 +9,17 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from ._compat import EditsStateDict
 
 _PART = re.compile(r"(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight")
 _KIND = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _PACKED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
-class LoadsSeparateExperts(nn.Module):
+class LoadsSeparateExperts(EditsStateDict):
     """Experts with `gate_up_proj` [E, 2I, H] (gate rows first) and `down_proj` [E, H, I], which load either layout.
 
     `load_state_dict` also takes `{e}.gate_proj.weight`, `{e}.up_proj.weight` (both [I, H]) and `{e}.down_proj.weight`
@@ -33,16 +35,9 @@ class LoadsSeparateExperts(nn.Module):
         """How many a checkpoint may hold; those from E on are dead rows, which are dropped."""
         return len(self.down_proj)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def edit_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
+    ) -> dict[str, Any]:
         rest, parts = {}, {}
         for key, value in state_dict.items():
             found = _PART.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
@@ -63,7 +58,7 @@ class LoadsSeparateExperts(nn.Module):
             except ValueError as error:
                 error_msgs.append(f"{key}: {error}")
                 rest[key] = now
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        return rest
 
 
 def _without_dead_rows(packed: Tensor, now: Tensor, experts_on_disk: int) -> Tensor:

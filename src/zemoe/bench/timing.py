@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._compat import onednn_linear
+
 Sides = Mapping[str, Callable[[Tensor], Tensor]]
 # Before each timed call a GPU overwrites so many bytes so many times: that empties its cache, and takes it long enough
 # (about 2 ms on an H100) for Python to have the whole call queued when the first timestamp is taken.
@@ -171,7 +173,7 @@ def cpu_ceilings(
     a, b = (torch.randn(matrix_size, matrix_size).to(dtype) for _ in range(2))
     products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
     if torch.backends.mkldnn.is_available() and dtype == torch.float32:
-        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+        products.append(lambda: onednn_linear(a, b))
     return Ceilings(
         bytes_per_second=read_bytes / _best(memory.sum, 3 * repeats),
         flops_per_second=2 * matrix_size**3 / min(_best(product, repeats) for product in products),

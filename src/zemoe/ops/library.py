@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._compat import inside_forward_mode, inside_function_transform, tracked_by_function_transform
 from ..kernels.triton.gpus import gpu_of, why_not
 from ..versions import warn_if_untested
 
@@ -21,7 +22,6 @@ warn_if_untested("torch", torch.__version__)
 
 HAS_TRITON = find_spec("triton") is not None
 _LIBRARY = torch.library.Library("zemoe", "DEF")
-_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
@@ -37,13 +37,13 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
     Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
     """
-    if forward_ad._current_level >= 0 and any(
+    if inside_forward_mode() and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):
         raise RuntimeError("zemoe's layers have no forward-mode derivative; use backward() or torch.autograd.grad")
-    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or not inside_function_transform():
         return
-    if any(tensor is not None and _functorch.is_gradtrackingtensor(tensor) for tensor in tensors):
+    if any(tensor is not None and tracked_by_function_transform(tensor) for tensor in tensors):
         raise RuntimeError(
             "zemoe's layers take no part in torch.func.grad, vjp or jacrev; use backward() or torch.autograd.grad"
         )
@@ -84,7 +84,7 @@ def can_run(tensor: Tensor) -> bool:
     return (
         HAS_TRITON
         and tensor.device.type == "cuda"
-        and forward_ad._current_level < 0
+        and not inside_forward_mode()
         and (torch.compiler.is_compiling() or not why_not(tensor.device))  # traced, an operator refuses when it runs
     )
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .._compat import inside_forward_mode
 from ..kernels import topk
 from .library import define, implement
 
@@ -49,7 +49,7 @@ def _select_few_fake(logits, bias, k, dropped, renormalize, scaling) -> tuple[Te
 
 def selects_few(logits_TA: Tensor) -> bool:
     """Whether `select_few` is the better way. Not for a compiler, which would compile once a number of tokens."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or inside_forward_mode():
         return False
     return topk.takes_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
 

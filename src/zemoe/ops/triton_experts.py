@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._compat import backward_keeps_graph
 from ..kernels.triton import tiles as tile_sizes
 from .library import define, flat, implements, no_second_derivative, pairs, with_rows, without_autocast
 
@@ -240,8 +241,7 @@ def _autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None
     # The gradient takes the place of what was saved, as long as nobody comes back for it: with retain_graph somebody
     # may, or for a second derivative, which only the operator that writes nothing refuses; and a graph that is being
     # traced (of anything but plain tensors) knows by itself when memory is free.
-    keeps = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
-    kept = keeps() or torch.is_grad_enabled() or type(preact) is not Tensor
+    kept = backward_keeps_graph() or torch.is_grad_enabled() or type(preact) is not Tensor
     adds = any(main is not None for main in ctx.main_grads)
     if torch.is_grad_enabled() and adds:  # that operator can't refuse it later
         no_second_derivative(ctx)

@@ -19,6 +19,7 @@ from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite as glm4
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
+from ..._compat import remove_load_hooks
 from ...config import MoEConfig, check_count, expand_kinds, warn_of_weights_without_gradient
 from ...retrofit import ZeroExpertBlock, ZeroExpertExperts, ZeroExpertGate, new_router_rows
 from .by_name import ACTIVATIONS, activation_of
@@ -265,9 +266,7 @@ def unretrofit_(model: nn.Module) -> tuple[str, ...]:
     for block in blocks.values():
         _to_stock(block)
     for part in model.modules():
-        hooks = part._load_state_dict_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), _OnDisk)]:
-            del hooks[key]
+        remove_load_hooks(part, _OnDisk)
     return tuple(blocks)
 
 

@@ -11,6 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..._compat import has_bfloat16_instructions, onednn_linear
 from ..activations import ACTIVATIONS
 from ..topk import HAS_NUMBA
 
@@ -24,17 +25,13 @@ _PANELS = 2**20  # float32 numbers of gate and up that our loops compute before 
 _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for the same lines of the first-level cache
 
 
-def _linear(rows_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(rows_MI, weight_OI, None, "none", [], "")
-
-
 def _takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype here; by trying: ONEDNN_MAX_CPU_ISA can keep it from what the CPU has."""
     if not torch.backends.mkldnn.is_available():
         return False
     zeros = torch.zeros((2, 2), dtype=dtype, device="cpu")
     try:
-        _linear(zeros, zeros)
+        onednn_linear(zeros, zeros)
     except RuntimeError:  # could not create a primitive descriptor
         return False
     return True
@@ -43,7 +40,7 @@ def _takes(dtype: torch.dtype) -> bool:
 _ONEDNN = tuple(dtype for dtype in (torch.float32, torch.bfloat16) if _takes(dtype))
 # Whether this CPU multiplies bfloat16 in hardware; where it does not, float32 is faster at any number of rows. A
 # constant to torch.compile, which can trace none of these questions.
-FAST_BFLOAT16 = torch.bfloat16 in _ONEDNN and torch.cpu._is_avx512_bf16_supported()
+FAST_BFLOAT16 = torch.bfloat16 in _ONEDNN and has_bfloat16_instructions()
 
 
 def is_small(weight_EOI: Tensor) -> bool:
@@ -198,8 +195,8 @@ def product(weight_OI: Tensor, rows_RI: Tensor, M: int, *, onednn: bool) -> Tens
     # takes longer than the product itself, unless the rows compete for cache lines. bfloat16 is rearranged either way.
     few_rows_direct = weight_OI.dtype == torch.bfloat16 or (pitch % _CACHE_PAGE == 0 and _wide())
     if M <= _SWAP_ROWS and not (M <= _DIRECT_ROWS and few_rows_direct):
-        return _linear(weight_OI, rows_RI).t()
-    return _linear(rows_RI[:M] if M <= _DIRECT_ROWS else rows_RI, weight_OI)
+        return onednn_linear(weight_OI, rows_RI).t()
+    return onednn_linear(rows_RI[:M] if M <= _DIRECT_ROWS else rows_RI, weight_OI)
 
 
 def _wide() -> bool:
