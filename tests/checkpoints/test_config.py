@@ -16,7 +16,8 @@ from helpers.tiny_checkpoint import write_checkpoint
 from helpers.transformers_shared import logits_of
 from helpers.transformers_tiny import SIZES, tiny_config, tiny_ids, tiny_model
 from zemoe.checkpoints.config import READ, check_config
-from zemoe.checkpoints.longcat import CheckpointError, count_numbers, verify
+from zemoe.checkpoints.files import CheckpointError
+from zemoe.checkpoints.longcat import count_numbers, verify
 from zemoe.integrations.transformers.layers import modeling
 
 CONFIG = {**SIZES, "model_type": "longcat_flash"}
@@ -187,7 +188,7 @@ def test_a_head_that_is_tied_must_fit(checkpoint, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     verify(folder)
     save_file(tensors | {"lm_head.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight \[3, 3\] is not part"):
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight F32 \[3, 3\] is not part"):
         verify(folder)
 
 

@@ -15,8 +15,9 @@ import zemoe.integrations.transformers as bridge
 from helpers import transformers_shared
 from helpers.tiny_checkpoint import BLOCK, write_fp8
 from helpers.transformers_shared import assert_ours, logits_of
+from zemoe.checkpoints.files import INDEX_NAME, CheckpointError
 from zemoe.checkpoints.fp8 import SUFFIX, dequantize, save_dequantized, stream_dequantized, verify_quantized
-from zemoe.checkpoints.longcat import INDEX_NAME, CheckpointError, verify
+from zemoe.checkpoints.longcat import verify
 
 # Fixtures
 transformers_is_left_as_it_was = transformers_shared.transformers_is_left_as_it_was

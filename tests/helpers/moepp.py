@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zemoe.checkpoints.longcat import INDEX_NAME
+from zemoe.checkpoints.files import INDEX_NAME
 
 V, H, I, E, LAYERS, HEADS, KV_HEADS, D = 48, 32, 24, 5, 3, 4, 2, 8
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from helpers.transformers_tiny import tiny_model
+from zemoe.checkpoints.files import INDEX_NAME
 from zemoe.checkpoints.fp8 import SUFFIX
-from zemoe.checkpoints.longcat import INDEX_NAME, save_original_layout
+from zemoe.checkpoints.longcat import save_original_layout
 
 SPECIAL = ["<|endoftext|>", "<|austen|>", "<|bible|>"]
 CONTEXT = 96

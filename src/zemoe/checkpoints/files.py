@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +60,8 @@ def load_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _tensor_info(file: str, entry: object, data_bytes: int) -> tuple[TensorInfo, int] | str:
-    """The checked header entry of one tensor and where its data begin, or what is wrong with it."""
+def _tensor_info(file: str, entry: object, data_bytes: int) -> TensorInfo | str:
+    """The checked header entry of one tensor, or what is wrong with it."""
     if not isinstance(entry, dict):
         return f"is described by {type(entry).__name__}, not by an object"
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -77,7 +77,7 @@ def _tensor_info(file: str, entry: object, data_bytes: int) -> tuple[TensorInfo,
         return f"of shape {shape} and dtype {dtype} takes {size} bytes, its data_offsets are {offsets}"
     if end > data_bytes:
         return f"ends at byte {end} of the data, but the file is truncated: only {data_bytes} bytes of data are there"
-    return TensorInfo(file, dtype, tuple(shape), size), begin
+    return TensorInfo(file, dtype, tuple(shape), size)
 
 
 def _read_start(path: Path) -> tuple[int, bytes, int, bytes]:
@@ -121,22 +121,15 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     if metadata is not None and not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{path}: __metadata__ must be an object of strings, got {metadata!r}")
     tensors: dict[str, TensorInfo] = {}
-    begins: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         info = _tensor_info(path.name, entry, data_bytes)
         if isinstance(info, str):
             raise CheckpointError(f"{path}: tensor {name} {info}")
-        tensors[name], begin = info
-        begins.append((begin, begin + tensors[name].num_bytes, name))
+        tensors[name] = info
     described = sum(info.num_bytes for info in tensors.values())
     if described != data_bytes:
         raise CheckpointError(f"{path}: {data_bytes} bytes of data, but its tensors make {described}")
-    last = 0
-    for begin, end, name in sorted(begins):
-        if begin != last:
-            raise CheckpointError(f"{path}: tensor {name} has data from byte {begin} on, those before it end at {last}")
-        last = end
-    with open_tensors(path):  # names the file where the library itself finds more that is wrong
+    with open_tensors(path):  # safetensors finds what else is wrong, such as two tensors that share bytes
         return tensors
 
 
@@ -193,6 +186,64 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         if name not in tensors:
             raise CheckpointError(f"{folder / file}: tensor {name} is missing, though {INDEX_NAME} lists it")
     return tensors
+
+
+def check_counts(source: Path, counts: Mapping[str, object], found: Mapping[str, TensorInfo]) -> None:
+    """CheckpointError for a count of layers or experts, each of which has tensors, that exceeds the tensors found.
+
+    It comes before anything is built, which would take the time and memory that the config asks for.
+
+    Args:
+        source: the config's file. counts: by the names that it calls them.
+    """
+    for key, count in counts.items():
+        if type(count) is not int:
+            raise CheckpointError(f"{source}: {key} must be a whole number, got {count!r}")
+        if count > len(found):
+            raise CheckpointError(f"{source}: {key} of {count} is more than there are tensors")
+
+
+def check_tensors(
+    folder: Path,
+    found: Mapping[str, TensorInfo],
+    expected: Iterable[tuple[str, tuple[int, ...]]],
+    dtypes: tuple[str, ...] = WEIGHT_DTYPES,
+) -> None:
+    """Raise CheckpointError unless each expected tensor was found, in one of `dtypes`, and no other.
+
+    Args:
+        folder: with config.json, for the messages.
+        found: what `read_tensors` returns, without what may be there or not.
+        expected: name and shape, one by one: at the first name that was not found nothing more is asked for.
+    """
+    names = set()
+    for name, shape in expected:
+        names.add(name)
+        info = found.get(name)
+        if info is None:
+            source = folder / INDEX_NAME if (folder / INDEX_NAME).exists() else folder / SINGLE_NAME
+            raise CheckpointError(f"{source}: tensor {name} {list(shape)} is missing")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{folder / info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
+            )
+        if info.dtype not in dtypes:
+            raise CheckpointError(
+                f"{folder / info.file}: tensor {name} has dtype {info.dtype}, supported are {', '.join(dtypes)}"
+            )
+    for name, info in found.items():
+        if name not in names:
+            got = f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(f"{folder / info.file}: tensor {name} {got} is not part of this config.json")
+
+
+def stream_tensors(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of each of `tensors`, file by file, one tensor in memory at a time."""
+    for file in sorted({info.file for info in tensors.values()}):
+        with open_tensors(folder / file) as opened:
+            for name, info in tensors.items():
+                if info.file == file:
+                    yield name, opened.get_tensor(name)
 
 
 def save_tensors(

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import longcat
 from .config import check_config
 from .files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
-from .longcat import Manifest, check_tensors, save_original_layout, stream
+from .longcat import Manifest, save_original_layout, stream, verify_tensors
 
 SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"
@@ -88,7 +88,7 @@ def verify_quantized(folder: str | Path) -> QuantizedManifest:
     found = read_tensors(folder)
     scales = {name.removesuffix(SUFFIX): info for name, info in found.items() if name.endswith(SUFFIX)}
     tensors = {name: info for name, info in found.items() if not name.endswith(SUFFIX)}
-    weights = check_tensors(folder, config, tensors, (*WEIGHT_DTYPES, _FP8))
+    weights = verify_tensors(folder, config, tensors, (*WEIGHT_DTYPES, _FP8))
     for name, info in weights.tensors.items():
         scale = scales.get(name)
         if (info.dtype == _FP8) != (scale is not None):

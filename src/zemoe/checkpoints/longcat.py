@@ -11,7 +11,7 @@ Three layouts of the expert weights exist; everything else has the same names in
 | packed | `experts.gate_up_proj` [E or A, 2I, H] | `experts.down_proj` [E, H, I] |
 
 The first is how the models are published, the second what `save_pretrained` of plain transformers writes, the third a
-state dict (and `save_pretrained(..., save_original_format=False)`). Files are read and written by `weight_files.py`.
+state dict (and `save_pretrained(..., save_original_format=False)`). Files are read and written by `files.py`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from torch import Tensor
 from ..regular_files import kind_of
 from .config import check_config
 from .files import (
-    INDEX_NAME,
-    SINGLE_NAME,
     WEIGHT_DTYPES,
     CheckpointError,
     TensorInfo,
+    check_tensors,
     load_json,
-    open_tensors,
     read_tensors,
     save_tensors,
+    stream_tensors,
 )
 
 # Multi-token prediction layers are published beside the model; old files also carry rotary frequencies.
@@ -189,41 +188,34 @@ def verify(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     config = read_config(folder)
-    return check_tensors(folder, config, read_tensors(folder), WEIGHT_DTYPES)
+    return verify_tensors(folder, config, read_tensors(folder))
 
 
-def check_tensors(
-    folder: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo], dtypes: tuple[str, ...]
+def verify_tensors(
+    folder: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo], dtypes: tuple[str, ...] = WEIGHT_DTYPES
 ) -> Manifest:
-    """What `verify` finds, of tensors found already; CheckpointError for one that is missing or doesn't fit."""
+    """What `verify` returns, for tensors that were found already and may have one of `dtypes`.
+
+    Raises:
+        CheckpointError: for a tensor that is missing, does not fit or is not part of the model.
+    """
     tensors = {name: info for name, info in found.items() if not _NOT_OURS.search(name)}
     layout = layout_of(tensors, config)
-    expected = set()
-    source = folder / INDEX_NAME if (folder / INDEX_NAME).exists() else folder / SINGLE_NAME
-    for name, shape in _shapes(config, layout):
-        expected.add(name)
-        info = tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{source}: tensor {name} {list(shape)} is missing")
-        allowed = [shape]
-        if _PACKED.match(name):  # packed by a patched model: the zero experts have no rows
-            allowed.append((config["n_routed_experts"], *shape[1:]))
-        if info.shape not in allowed:
-            raise CheckpointError(
-                f"{folder / info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(shape)}"
-            )
-        if info.dtype not in dtypes:
-            raise CheckpointError(
-                f"{folder / info.file}: tensor {name} has dtype {info.dtype}, supported are {', '.join(dtypes)}"
-            )
-    for name, info in tensors.items():
-        embedding = tensors["model.embed_tokens.weight"]
-        tied = name == "lm_head.weight" and info.shape == embedding.shape and info.dtype in dtypes
-        if name not in expected and not tied:
-            raise CheckpointError(
-                f"{folder / info.file}: tensor {name} {list(info.shape)} is not part of this config.json"
-            )
+    needed, head = dict(tensors), tensors.get("lm_head.weight")
+    fits = head is not None and head.shape == (config["vocab_size"], config["hidden_size"]) and head.dtype in dtypes
+    if config.get("tie_word_embeddings") and fits:
+        needed.pop("lm_head.weight")  # a tied head may be stored all the same
+    check_tensors(folder, needed, _shapes_as_packed(config, layout, tensors), dtypes)
     return Manifest(folder, dict(config), layout, tensors)
+
+
+def _shapes_as_packed(
+    config: Mapping[str, Any], layout: str, found: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """`_shapes`, but without rows for zero experts where a packed tensor has none: a patched model has saved it."""
+    for name, shape in _shapes(config, layout):
+        live = (config["n_routed_experts"], *shape[1:])
+        yield name, live if _PACKED.match(name) and name in found and found[name].shape == live else shape
 
 
 def stream(checkpoint: str | Path | Manifest) -> Iterator[tuple[str, Tensor]]:
@@ -232,11 +224,7 @@ def stream(checkpoint: str | Path | Manifest) -> Iterator[tuple[str, Tensor]]:
     A folder is verified first; names are those on disk (`original_layout` maps them).
     """
     manifest = checkpoint if isinstance(checkpoint, Manifest) else verify(checkpoint)
-    for file in manifest.files:
-        with open_tensors(manifest.folder / file) as tensors:
-            for name, info in manifest.tensors.items():
-                if info.file == file:
-                    yield name, tensors.get_tensor(name)
+    yield from stream_tensors(manifest.folder, manifest.tensors)
 
 
 def original_layout(tensors: Iterable[tuple[str, Tensor]], num_experts: int) -> Iterator[tuple[str, Tensor]]:

@@ -34,7 +34,8 @@ from helpers import transformers_shared
 from helpers.paths import ROOT
 from helpers.transformers_shared import TOLERANCE, StockMoE, assert_ours, greedy, logits_of
 from helpers.transformers_tiny import tiny_config, tiny_model
-from zemoe.checkpoints.longcat import CheckpointError, verify
+from zemoe.checkpoints.files import CheckpointError
+from zemoe.checkpoints.longcat import verify
 from zemoe.integrations.transformers.layers import expert_rank
 
 # Fixtures

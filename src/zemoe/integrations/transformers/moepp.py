@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from ...checkpoints.files import (
-    WEIGHT_DTYPES,
     CheckpointError,
     TensorInfo,
+    check_counts,
+    check_tensors,
     load_json,
-    open_tensors,
     read_tensors,
     save_tensors,
+    stream_tensors,
 )
 from .moepp_model import ZERO_EXPERTS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
 from .values import WRONG_VALUE, of_the_architecture
@@ -149,26 +150,19 @@ def published_tensors(model: MoEPlusPlusForCausalLM) -> dict[str, Tensor]:
 def _checked_tensors(folder: Path, config: MoEPlusPlusConfig) -> dict[str, TensorInfo]:
     """The tensors of a folder, which are those of the config; before memory is taken for a model of its size."""
     found = read_tensors(folder)
-    for key, count in (("num_hidden_layers", config.num_hidden_layers), ("num_experts", config.num_experts[0])):
-        if count > len(found):  # each has some of its own
-            raise CheckpointError(f"{folder / 'config.json'}: {key} of {count} is more than there are tensors")
+    source = folder / "config.json"
+    counts = {"num_hidden_layers": config.num_hidden_layers, "num_experts": config.num_experts[0]}
+    check_counts(source, counts, found)
     try:
         with torch.device("meta"), no_init_weights():
-            expected = published_tensors(MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32))
+            model = MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32)
     except WRONG_VALUE as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    for name, place in expected.items():
-        shape = list(place.shape)
-        if name not in found:
-            raise CheckpointError(f"{folder}: tensor {name} {shape} is missing")
-        info = found[name]
-        if list(info.shape) != shape or info.dtype not in WEIGHT_DTYPES:
-            got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{folder / info.file}: tensor {name} must be float {shape}, got {got}")
-    for name, info in found.items():
-        if name not in expected and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{folder / info.file}: tensor {name} {got} is not part of this config.json")
+        raise CheckpointError(f"{source}: {error}") from error
+    model.tie_weights()
+    expected = published_tensors(model)
+    if config.tie_word_embeddings:  # the published code leaves a head in the files alone
+        found.pop("lm_head.weight", None)
+    check_tensors(folder, found, ((name, tuple(tensor.shape)) for name, tensor in expected.items()))
     return found
 
 
@@ -194,13 +188,10 @@ def load_moepp(
     found = _checked_tensors(folder, config)
     with no_init_weights():
         model = MoEPlusPlusForCausalLM._from_config(config, dtype=wanted)
-    model.tie_weights()  # where the config says so, the published code leaves a head in the files alone
-    expected = published_tensors(model)
-    for file in sorted({info.file for info in found.values()}):
-        with open_tensors(folder / file) as tensors:
-            for name, place in expected.items():
-                if found[name].file == file:
-                    place.copy_(tensors.get_tensor(name))
+    model.tie_weights()
+    places = published_tensors(model)
+    for name, tensor in stream_tensors(folder, found):
+        places[name].copy_(tensor)
     cast(nn.Module, model).to(device)
     return model.eval()
 

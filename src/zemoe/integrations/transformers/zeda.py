@@ -20,7 +20,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ...checkpoints.files import WEIGHT_DTYPES, CheckpointError, TensorInfo, load_json, open_tensors, read_tensors
+from ...checkpoints.files import (
+    CheckpointError,
+    TensorInfo,
+    check_counts,
+    check_tensors,
+    load_json,
+    read_tensors,
+    stream_tensors,
+)
 from ...retrofit import ZeroExpertBlock
 from .loading import make_head, place, tie_if_equal
 from .retrofit import retrofit_
@@ -58,12 +66,8 @@ def _base_config(config: Mapping[str, Any], source: Path) -> Any:
 
 def _check_sizes(base: Any, num_zero_experts: int, found: Mapping[str, TensorInfo], source: Path) -> None:
     """CheckpointError before memory is taken for more than the files hold."""
-    for key in ("num_hidden_layers", "num_experts", "n_routed_experts"):
-        count = getattr(base, key, 0)
-        if type(count) is not int:
-            raise CheckpointError(f"{source}: {key} must be a whole number, got {count!r}")
-        if count > len(found):  # each has some of its own
-            raise CheckpointError(f"{source}: {key} of {count} is more than there are tensors")
+    counts = {key: getattr(base, key, 0) for key in ("num_hidden_layers", "num_experts", "n_routed_experts")}
+    check_counts(source, counts, found)
     try:
         with torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(base)
@@ -104,22 +108,11 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     except ValueError as error:  # no layer has experts
         raise CheckpointError(f"{source}: {error}") from error
     make_head(model, on_disk="lm_head.weight" in found)
-    expected = _expected_shapes(model, blocks)
-    for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{folder}: tensor {name} {list(shape)} is missing")
-        if found[name].shape != shape or found[name].dtype not in WEIGHT_DTYPES:
-            got = f"{found[name].dtype} {list(found[name].shape)}"
-            raise CheckpointError(f"{folder / found[name].file}: tensor {name} must be float {list(shape)}, got {got}")
     prediction = f"model.layers.{base.num_hidden_layers}."  # multi-token prediction, which the base model leaves out
-    for name in found:
-        if name not in expected and not name.startswith(prediction):
-            raise CheckpointError(f"{folder / found[name].file}: tensor {name} is not part of this config.json")
-    for file in sorted({info.file for info in found.values()}):
-        with open_tensors(folder / file) as tensors:
-            for name in expected:
-                if found[name].file == file:
-                    _fill(model, name, tensors.get_tensor(name))
+    tensors = {name: info for name, info in found.items() if not name.startswith(prediction)}
+    check_tensors(folder, tensors, _expected_shapes(model, blocks).items())
+    for name, tensor in stream_tensors(folder, tensors):
+        _fill(model, name, tensor)
     tie_if_equal(model)
     for name in blocks:
         model.get_submodule(name).zero_experts_enabled = not config.get("use_zce_mask", False)
