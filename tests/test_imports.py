@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "_version": set(),
     "_compat": set(),
     "config": set(),
-    "reference": {"config"},
+    "reference": set(),
     "scores": set(),
     "casts": {"_compat"},
     "separate_experts": {"_compat"},
@@ -126,6 +126,12 @@ def test_packages_at_the_top(path):
     if path.name in ("choices.py", "compiled.py", "loop_cache.py", "loops.py"):
         allowed |= {"numba", "llvmlite", "numpy"}
     assert {name.split(".")[0] for name in imports(path, nested=False)} <= allowed
+
+
+def test_only_what_judges_imports_the_reference():
+    """The reference shares no code with what it judges: the library never computes with it."""
+    users = {str(path.relative_to(ROOT)) for path in FILES if "reference" in own_rooms(imports(path))}
+    assert users == {"doctor.py", "bench/check.py"}
 
 
 def test_the_rules_bite(tmp_path, monkeypatch):

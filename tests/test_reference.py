@@ -47,6 +47,20 @@ class TestLogits:
         )
         close(result, [[6, 2, 5], [0, -1, -1]])
 
+    def test_normalised_before_the_null_logit_is_repeated_and_the_residual_added(self):
+        result = reference.router_logits(
+            self.X,
+            self.W,
+            num_experts=2,
+            num_zero_experts=2,
+            residual_weight=torch.eye(4),
+            prev_logits_TA=torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]),
+            logit_norm=2.0,
+        )
+        third = math.sqrt(1.5) * 2  # (1, 2, 3) has mean 2 and variance 2/3
+        expected = [[-third, 0, third, third + 1], [2 * math.sqrt(2), -math.sqrt(2), -math.sqrt(2), -math.sqrt(2)]]
+        close(result, expected, 1e-5)
+
     def test_no_tokens(self):
         assert reference.router_logits(self.X[:0], self.W, num_experts=2, num_zero_experts=3).shape == (0, 5)
 

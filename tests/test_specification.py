@@ -94,8 +94,11 @@ def logits(row: Row) -> None:
 
 @example("logits", "logit_norm", "normalised")
 def normalised(row: Row) -> None:
-    result = normalize_logits(tensor(row["logits"])[None], number(row["logit_norm"]))
-    close(result[0], number(row["normalised"]), 1e-6)
+    given, scale = tensor(row["logits"]), number(row["logit_norm"])
+    close(normalize_logits(given[None], scale)[0], number(row["normalised"]), 1e-6)
+    one = torch.ones(1, 1)  # the logits as a classifier's weight
+    ours = reference.router_logits(one, given[:, None], num_experts=len(given), num_zero_experts=0, logit_norm=scale)
+    close(ours[0], number(row["normalised"]), 1e-6)
 
 
 @example("scoring_func", "logits", "scores")

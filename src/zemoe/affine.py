@@ -2,8 +2,11 @@
 
     y_t += alpha_t * x_t + beta_t @ V
 
-T tokens, H hidden size, K choices, C constant experts, S scaled_identity experts. A kind is one rule in AFFINE_KINDS;
-no kernel knows the kinds. Sources: LongCat-Flash (identity), MoE++ (zero, copy, constant), AdaMoE (null).
+What each kind computes, and its source: docs/specification.md, "Zero-computation experts". A kind is one rule in
+AFFINE_KINDS, which works on every backend. The triton backend computes the kinds of CODES in a kernel of its own, and
+any other kind by its rule.
+
+T tokens, H hidden size, K choices, C constant experts, S scaled_identity experts.
 """
 
 from __future__ import annotations

@@ -34,14 +34,20 @@ from .scores import SCORES, check_scoring
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`tensor` summed in place over the ranks of `group` (the default group, if torch.distributed is initialised)."""
+    """Sum `tensor` in place over the ranks of `group`, and return it; do nothing without torch.distributed.
+
+    None is the default group.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def valid_tokens(mask_T: Tensor | None, like: Tensor) -> Tensor:
-    """[T] bool, `mask_T` flattened or all True; ValueError unless it is a bool for each of the T rows of `like`."""
+    """Return which tokens count, [T] bool: `mask_T` flattened, or all True without one.
+
+    ValueError unless it holds a bool for each of the T rows of `like`.
+    """
     if mask_T is None:
         return torch.ones(len(like), dtype=torch.bool, device=like.device)
     if mask_T.dtype != torch.bool:
@@ -54,10 +60,10 @@ def valid_tokens(mask_T: Tensor | None, like: Tensor) -> Tensor:
 
 
 def merge(routings: Iterable[Routing]) -> Routing:
-    """One Routing over the tokens of several of the same layer, for instance of all micro-batches of a global batch.
+    """Join several Routings of one layer into one over all their tokens, as of the micro-batches of a global batch.
 
     Raises:
-        ValueError: without any, or if they differ in slots or choices.
+        ValueError: if there are none, or if they differ in slots or choices.
     """
     parts = list(routings)
     shapes = {(part.logits_TA.shape[1], part.topk_ids_TK.shape[1]) for part in parts}
@@ -70,7 +76,7 @@ def merge(routings: Iterable[Routing]) -> Routing:
 
 
 def local_counts(topk_ids_TK: Tensor, num_slots: int, mask_T: Tensor | None = None) -> Tensor:
-    """`slot_counts` of this rank alone."""
+    """Count as `slot_counts` does, on this rank alone."""
     ids_TK = topk_ids_TK
     if mask_T is not None:
         ids_TK = ids_TK.masked_fill(~valid_tokens(mask_T, ids_TK)[:, None], -1)
@@ -83,9 +89,9 @@ def local_counts(topk_ids_TK: Tensor, num_slots: int, mask_T: Tensor | None = No
 def slot_counts(
     topk_ids_TK: Tensor, num_slots: int, mask_T: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """n_i: [A] int64, how often each slot was chosen, summed over data-parallel ranks.
+    """Count how often each slot was chosen, summed over data-parallel ranks: n_i, [A] int64.
 
-    Counts of micro-batches are added: `zemoe.RoutingTally` does that for every layer, with one reduction in the end.
+    The counts of micro-batches add up; `zemoe.RoutingTally` does that for every layer, with one reduction in the end.
 
     Args:
         topk_ids_TK: [T, K]; -1 is not counted. num_slots: A.
@@ -98,7 +104,7 @@ def slot_counts(
 
 
 def ffn_experts_per_token(counts_A: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """Scalar: mean number of FFN experts that a token chose, from slot counts of choices that were all counted."""
+    """Compute how many FFN experts a token chose on average, a scalar, from counts in which no choice was skipped."""
     return (counts_A[:num_experts].sum() * top_k).float() / counts_A.sum()
 
 
@@ -106,7 +112,7 @@ def ffn_experts_per_token(counts_A: Tensor, num_experts: int, top_k: int) -> Ten
 
 
 class _Batch(NamedTuple):
-    """What the losses are made of: P_A with its graph, the valid tokens of this rank, and the sizes E, A, K."""
+    """What the losses are made of: P_A with its graph, which tokens of this rank count, and the sizes E, A, K."""
 
     P_A: Tensor
     valid_T: Tensor
@@ -133,7 +139,7 @@ def _batch(routing: Routing, num_experts: int, scoring_func: str, mask_T: Tensor
 
 @torch.no_grad()
 def _frequency(routing: Routing, batch: _Batch, group: dist.ProcessGroup | None) -> Tensor:
-    """n_i / T: [A] float64, counts and tokens summed over ranks in one reduction."""
+    """Compute n_i / T, [A] float64. Counts and tokens are summed over ranks in one reduction."""
     counts_A = local_counts(routing.topk_ids_TK, batch.num_slots, batch.valid_T)
     total = all_reduce(torch.cat([counts_A, batch.valid_T.sum()[None]]), group)
     return total[:-1].double() / total[-1].clamp(min=1)
@@ -147,9 +153,10 @@ def switch_balance_loss(
     mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Switch Transformer's loss (Fedus et al., section 2.2) over all slots: A sum_i f_i P_i, f_i = n_i / (K T).
+    """Compute Switch Transformer's loss over all slots: A sum_i f_i P_i, f_i = n_i / (K T).
 
-    1 when all slots are chosen equally often. Kilian et al. use it for zero experts: Z sets the share of zero choices.
+    It is 1 where all slots are chosen equally often. Kilian et al. use it for zero experts: Z sets the share of zero
+    choices. Source: Fedus et al., section 2.2.
 
     Args:
         routing: of the T tokens, as observed. num_experts: E. scoring_func: the router's; scores that are no softmax
@@ -172,10 +179,12 @@ def moe_plus_plus_balance_loss(
     mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """MoE++'s heterogeneous loss (Jin et al., section 3.3): sum_i eta_i f_i P_i, f_i = n_i / (K T).
+    """Compute MoE++'s loss, which weighs slots by their kind: sum_i eta_i f_i P_i, f_i = n_i / (K T).
+
+    Source: Jin et al., section 3.3.
 
     Args:
-        tau: eta of a zero-computation slot, above 0; FFN experts have 1. The smaller, the more zero choices.
+        tau: eta of a zero-computation slot, above 0; FFN experts have 1. The smaller it is, the more zero choices.
         The others: see `switch_balance_loss`.
     """
     _check_positive("tau", tau)
@@ -193,10 +202,10 @@ def adamoe_balance_loss(
     mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """AdaMoE's loss (Zeng et al., section 3.2): A (sum_ffn f_i P_i + sum_null fbar P_i), f_i = n_i / (K T).
+    """Compute AdaMoE's loss: A (sum_ffn f_i P_i + sum_null fbar P_i), f_i = n_i / (K T).
 
     fbar is the mean of f over the null slots, here all zero-computation slots: they need not be balanced among
-    themselves. Arguments: see `switch_balance_loss`.
+    themselves. Source: Zeng et al., section 3.2. Arguments: see `switch_balance_loss`.
     """
     batch = _batch(routing, num_experts, scoring_func, mask_T)
     f_A = _frequency(routing, batch, group) / batch.top_k
@@ -213,10 +222,11 @@ def zeda_balance_loss(
     mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """ZEDA's loss over two groups: (E + w Z) / K (f_E P_E / E + f_Z P_Z / (w Z)); f = n / T and P summed over a group.
+    """Compute ZEDA's loss over two groups: (E + w Z) / K (f_E P_E / E + f_Z P_Z / (w Z)).
 
-    It is least where the FFN experts together get E / (E + w Z) of the choices, and leaves their shares alone: a
-    trained model's experts keep theirs.
+    f = n / T and P are summed over the FFN experts and over the zero-computation slots. The loss is least where the FFN
+    experts together get E / (E + w Z) of the choices. How they share these among themselves does not matter to it, so a
+    trained model's experts keep their shares.
 
     Args:
         zero_weight: w, above 0; how much of an FFN expert's load a zero-computation slot should get.
@@ -243,9 +253,9 @@ def longcat_balance_loss(
     mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """LongCat-Flash's device-level balance loss: sum_{j=1..D+1} f_j P_j.
+    """Compute LongCat-Flash's device-level balance loss: sum_{j=1..D+1} f_j P_j.
 
-    FFN experts form D contiguous groups, zero-computation experts together are group D+1.
+    The FFN experts form D groups of neighbours; all zero-computation experts are group D+1.
     P_j = (1/T) sum_t sum_{i in j} R(x_t)_i; f_j = D/(K_e T) sum_t [t chooses group j], and for the zero-computation
     experts f = 1/((K - K_e) T) sum_t [t chooses one of them].
 
@@ -279,9 +289,9 @@ def longcat_balance_loss(
 
 
 def router_z_loss(routing: Routing, *, mask_T: Tensor | None = None) -> Tensor:
-    """The router z-loss (ST-MoE, Zoph et al., equation 5): the mean over tokens of logsumexp(logits_t)^2, a scalar.
+    """Compute the router z-loss, the mean over tokens of logsumexp(logits_t)^2: a scalar.
 
-    It keeps logits small; with `logit_norm` they can't grow, and it has nothing to do.
+    It keeps logits small; with `logit_norm` they can't grow, and it has nothing to do. Source: ST-MoE, equation 5.
 
     Args:
         routing: of the T tokens. mask_T: [T] bool, True for tokens that count.
@@ -307,10 +317,10 @@ def update_longcat_bias_(
     ffn_experts_per_token: float,
     rate: float,
 ) -> None:
-    """LongCat-Flash's controller, once a global batch: b_i += mu (K_e / (K E) - n_i / (K T)) for FFN experts, in place.
+    """Move the selection bias of FFN experts by LongCat-Flash's rule: b_i += mu (K_e / (K E) - n_i / (K T)).
 
-    It steers to K_e FFN experts a token, evenly spread; zero-computation slots stay as they are. A batch in which no
-    token counts says nothing, and changes nothing.
+    Call it once a global batch. It steers to K_e FFN experts a token, evenly spread; zero-computation slots stay as
+    they are. K T is the number of choices that were counted. A batch in which no token counts changes nothing.
 
     Args:
         e_score_correction_bias: float32 (or float64) [A] or [E], changed in place.
@@ -331,10 +341,10 @@ def update_longcat_bias_(
 
 @torch.no_grad()
 def update_deepseek_bias_(e_score_correction_bias: Tensor, counts_A: Tensor, *, num_experts: int, rate: float) -> None:
-    """DeepSeek-V3's controller, once a global batch: b_i += mu sign(mean - n_i) for FFN experts, in place.
+    """Move the selection bias of FFN experts by DeepSeek-V3's rule: b_i += mu sign(mean - n_i).
 
-    The mean is over the FFN experts: it spreads their load and steers to no number of them. Zero-computation slots
-    stay as they are. Arguments and errors: see `update_longcat_bias_`.
+    Call it once a global batch. The mean is over the FFN experts: the rule spreads their load, and steers to no number
+    of them. Zero-computation slots stay as they are. Arguments and errors: see `update_longcat_bias_`.
     """
     _check_bias(e_score_correction_bias, counts_A, num_experts, rate)
     counts_E = counts_A[:num_experts].double()
@@ -365,7 +375,10 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_budget(ffn_experts_per_token: float, top_k: int, *, strict: bool) -> None:
-    """K_e above 0 and at most K; below K if `strict`, where zero-computation experts have to get something."""
+    """Raise ValueError unless K_e is above 0 and at most K.
+
+    It must be below K if `strict`, where zero-computation experts have to get something.
+    """
     if not 0 < ffn_experts_per_token <= top_k or (strict and ffn_experts_per_token == top_k):
         bound = "below" if strict else "at most"
         raise ValueError(

@@ -1,8 +1,11 @@
 """The specification: what a zero-expert mixture-of-experts layer computes, as loops over tokens in float64.
 
-Every backend is judged against this file, so it shares no code with them, and it is written to be read in one go
-rather than to be fast. Each function takes tensors of any dtype and computes in `dtype`: float64 by default; a test
-also runs it in its own dtype, to learn how much error that dtype costs. All of it is differentiable by plain autograd.
+docs/specification.md says the same in words, with sources. Every backend is judged against this file. So it shares no
+code with them: it imports nothing of zemoe, and only what judges imports it (`zemoe doctor`, `zemoe bench` and tests).
+It is written to be read in one go rather than to be fast.
+
+Each function takes tensors of any dtype and computes in `dtype`: float64 by default; a test also runs it in its own
+dtype, to learn how much error that dtype costs. All of it is differentiable by plain autograd.
 
 Legend: T tokens, H hidden size, I expert width, E FFN experts, Z zero-computation experts, A = E + Z slots,
 K choices a token, C constant experts, S scaled_identity experts. Ids 0..E-1 are FFN experts, E..A-1 are not.
@@ -34,7 +37,10 @@ class Selection(NamedTuple):
 
 
 def slot_kinds(num_experts: int, zero_expert_kinds: Kinds, num_slots: int) -> list[str]:
-    """The kind of every slot in id order: "ffn" E times, then the zero-computation kinds; one string means all Z."""
+    """Return the kind of every slot in id order: "ffn" E times, then the zero-computation kinds.
+
+    One string in place of (kind, count) pairs is the kind of all Z.
+    """
     if isinstance(zero_expert_kinds, str):
         zero_expert_kinds = [(zero_expert_kinds, num_slots - num_experts)]
     kinds = ["ffn"] * num_experts
@@ -57,17 +63,21 @@ def router_logits(
     num_zero_experts: int,
     residual_weight: Tensor | None = None,
     prev_logits_TA: Tensor | None = None,
+    logit_norm: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Full logits [T, A] = W x (+ bias) (+ W_g prev_logits).
+    """Compute the logits of all slots, [T, A] = W x (+ bias) (+ W_g prev_logits).
 
     A classifier of E + 1 rows has a tied null logit: its last one stands for each of the Z zero-computation slots.
+    With `logit_norm` the classifier's logits are normalised to that scale before anything is done to them.
     """
     rows = []
     for t in range(x_TH.shape[0]):
         logits = weight.to(dtype) @ x_TH[t].to(dtype)
         if bias is not None:
             logits = logits + bias.to(dtype)
+        if logit_norm is not None:
+            logits = _normalized(logits, logit_norm)
         if logits.shape[0] == num_experts + 1:
             logits = torch.cat([logits[:num_experts], logits[num_experts:].expand(num_zero_experts)])
         if prev_logits_TA is not None and residual_weight is not None:
@@ -76,14 +86,24 @@ def router_logits(
     return _stack(rows, (num_experts + num_zero_experts,), dtype, x_TH)
 
 
+def _normalized(logits_R: Tensor, scale: float) -> Tensor:
+    """Give a token's logits mean 0 and a standard deviation of `scale`; those of -inf stay, and don't count."""
+    counted = [logit for logit in logits_R if logit != -INF]
+    if not counted:
+        return logits_R
+    mean = sum(counted) / len(counted)
+    variance = sum((logit - mean) ** 2 for logit in counted) / len(counted)
+    return scale * (logits_R - mean) / (variance + 1e-6) ** 0.5
+
+
 def is_broken(logits_A: Tensor) -> bool:
-    """A token whose logits hold a NaN or a +inf, or are -inf throughout, has no routing: everything of it is NaN."""
+    """Say whether a token's logits hold a NaN or a +inf, or are -inf throughout: then all its scores are NaN."""
     values = logits_A.tolist()
     return any(math.isnan(v) or v == INF for v in values) or all(v == -INF for v in values)
 
 
 def scores_of_token(logits_A: Tensor, scoring_func: str) -> Tensor:
-    """Scores of one token over all A slots. A logit of -inf scores 0."""
+    """Compute the scores of one token over all A slots. A logit of -inf scores 0."""
     if is_broken(logits_A):
         return torch.full_like(logits_A, NAN)
     if scoring_func == "softmax":
@@ -98,7 +118,10 @@ def scores_of_token(logits_A: Tensor, scoring_func: str) -> Tensor:
 
 
 def _outside_best_groups(choice: list[float], num_groups: int, topk_group: int, biased: bool) -> set[int]:
-    """Slots outside the best groups; a group is worth its two best choices with a bias, its best one without."""
+    """Find the slots outside the best groups.
+
+    A group is worth the sum of its two largest choice values with a selection bias, and its largest one without.
+    """
     size = len(choice) // num_groups
     values = []
     for group in range(num_groups):
@@ -109,7 +132,10 @@ def _outside_best_groups(choice: list[float], num_groups: int, topk_group: int, 
 
 
 def _renormalized(weights_K: Tensor, kinds_K: list[str], mode: str | bool) -> Tensor:
-    """`weights` over their sum, after emptying the slots that the mode leaves out; zeros where nothing is left."""
+    """Divide a token's weights by their sum, after setting those to 0 that the mode leaves out.
+
+    All weights are 0 where the sum is.
+    """
     if mode in ("none", False):
         return weights_K
     if mode in ("all", True):
@@ -140,7 +166,10 @@ def select(
     ids_TK: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Selection:
-    """Scores, choices, weights and ids of every token. `ids_TK` gives the ids instead, to judge somebody's weights."""
+    """Choose K slots for every token, and weigh them.
+
+    `ids_TK` gives the choices, so that somebody's weights can be judged apart from what was chosen.
+    """
     num_slots = logits_TA.shape[1]
     kinds = slot_kinds(num_experts, zero_expert_kinds, num_slots)
     scores_TA, choice_TA, weights_TK, chosen_TK = [], [], [], []
@@ -186,6 +215,7 @@ def select(
 
 
 def activate(gate_I: Tensor, activation: str) -> Tensor:
+    """Apply an FFN expert's activation to what its gate gives."""
     if activation == "silu":
         return gate_I / (1 + (-gate_I).exp())
     if activation == "gelu":
@@ -196,7 +226,7 @@ def activate(gate_I: Tensor, activation: str) -> Tensor:
 
 
 def ffn(x_H: Tensor, w13: Tensor, w2: Tensor, activation: str = "silu") -> Tensor:
-    """down(act(gate(x)) * up(x)) for one token; `w13` [2I, H] holds the gate rows first, `w2` is [H, I]."""
+    """Compute down(act(gate(x)) * up(x)) for one token; `w13` [2I, H] holds the gate rows first, `w2` is [H, I]."""
     width = w13.shape[0] // 2
     gate_I, up_I = w13[:width] @ x_H, w13[width:] @ x_H
     return w2 @ (activate(gate_I, activation) * up_I)
@@ -215,7 +245,7 @@ def experts(
     activation: str = "silu",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """y_t = sum_k weight_tk * expert_{id_tk}(x_t), [T, H]. An id of -1 is skipped, whatever its weight.
+    """Compute y_t = sum_k weight_tk * expert_{id_tk}(x_t), [T, H]. An id of -1 is skipped, whatever its weight.
 
     `affine_params` holds `constant_router` [C, 2, H], `constant_value` [C, H] and `scale` [S], numbered in id order.
     A NaN anywhere in a token's x, or in a weight that counts, makes all of that token's output NaN.
@@ -263,7 +293,7 @@ def shared_experts(
     activation: str = "silu",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """What a layer's shared experts add: one FFN that every token takes, scaled by sigmoid(gate . x) if it is gated."""
+    """Compute what a layer's shared experts add: one FFN for every token, times sigmoid(gate . x) if it is gated."""
     rows = []
     for t in range(x_TH.shape[0]):
         x_H = x_TH[t].to(dtype)
@@ -288,7 +318,9 @@ def longcat_group_loss(
     mask_T: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """LongCat's balance loss without its coefficient: sum over D groups of FFN experts, and the zero experts, of f P.
+    """Compute LongCat's balance loss, without a coefficient: the sum of f P over D groups of FFN experts and the rest.
+
+    The rest are all zero-computation experts, which form one more group.
 
     P_j is the mean score mass in group j. f_j counts the tokens that choose group j at all, over the number that would
     if `expected_ffn` = K_e of the K choices fell on FFN experts: f_j = D/(K_e T) n_j, and n_zero/((K - K_e) T).
@@ -324,7 +356,10 @@ def longcat_bias_update(
     rate: float,
     mask_T: Tensor | None = None,
 ) -> Tensor:
-    """LongCat's step of the selection bias, [A]: rate (K_e/(K E) - n_i/(K T)) for an FFN expert, 0 for the others."""
+    """Compute how far LongCat's controller moves the selection bias, [A].
+
+    An FFN expert's bias moves by rate (K_e/(K E) - n_i/(K T)), the others do not move.
+    """
     valid = [t for t in range(topk_ids_TK.shape[0]) if mask_T is None or bool(mask_T[t])]
     top_k = topk_ids_TK.shape[1]
     step = torch.zeros(num_slots, dtype=torch.float64)
@@ -335,5 +370,5 @@ def longcat_bias_update(
 
 
 def _stack(rows: list[Tensor], row_shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Rows on top of each other, also when there are none."""
+    """Stack rows, also where there are none."""
     return torch.stack(rows) if rows else torch.empty((0, *row_shape), dtype=dtype, device=like.device)
