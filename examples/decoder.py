@@ -190,13 +190,15 @@ def train_toy(make_moe: Callable[[int], MoE], steps: int = 60, wanted: float = 2
             seen.clear()
             logits = model(ids_BL[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), ids_BL[:, 1:].flatten())
-            balance = sum(zemoe.longcat_balance_loss(routing, **budget) for routing in seen.values())
+            balance = sum(zemoe.balance.longcat_balance_loss(routing, **budget) for routing in seen.values())
             optimizer.zero_grad()
             (loss + 1e-3 * balance).backward()
             optimizer.step()
-            all_counts = [zemoe.slot_counts(r.topk_ids_TK, r.logits_TA.shape[1]) for r in seen.values()]
+            all_counts = [zemoe.balance.slot_counts(r.topk_ids_TK, r.logits_TA.shape[1]) for r in seen.values()]
             for router, counts_A in zip(routers, all_counts, strict=True):
-                zemoe.update_longcat_bias_(router.e_score_correction_bias, counts_A, top_k=K, rate=0.2, **budget)
+                zemoe.balance.update_longcat_bias_(
+                    router.e_score_correction_bias, counts_A, top_k=K, rate=0.2, **budget
+                )
             used = torch.stack([zemoe.balance.ffn_experts_per_token(counts, E, K) for counts in all_counts]).mean()
     return float(loss.detach()), float(used)
 

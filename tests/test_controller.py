@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.ranks import as_rank
-from zemoe import BudgetController, Routing, reference, select_experts, update_longcat_bias_
+from zemoe import Routing, reference, select_experts
+from zemoe.balance import update_longcat_bias_
+from zemoe.controller import BudgetController
 
 LAYER = ("layer", 0)
 

@@ -25,8 +25,9 @@ from transformers import (
 
 import zemoe
 from helpers.judge import assert_bitwise, one_thread
-from zemoe import observe, retrofit_, unretrofit_, zero_experts_disabled
-from zemoe.retrofit import ZeroExpertBlock, new_router_rows
+from zemoe import observe
+from zemoe.integrations.transformers.retrofit import retrofit_, unretrofit_
+from zemoe.retrofit import ZeroExpertBlock, new_router_rows, zero_experts_disabled
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -260,11 +261,11 @@ class TestEnabled:
         scoring = model.get_submodule(layers[0]).rules.scoring_func
         losses = []
         for _ in range(6):
-            tally = zemoe.RoutingTally(E)
+            tally = zemoe.statistics.RoutingTally(E)
             with observe(model) as seen:
                 loss = model(ids(), labels=ids(), use_cache=False).loss
                 balance = sum(
-                    zemoe.zeda_balance_loss(routing, num_experts=E, zero_weight=1.0, scoring_func=scoring)
+                    zemoe.balance.zeda_balance_loss(routing, num_experts=E, zero_weight=1.0, scoring_func=scoring)
                     for routing in seen.values()
                 )
                 optimizer.zero_grad()
@@ -273,7 +274,9 @@ class TestEnabled:
             tally.add(seen)
             for layer, counts in tally.counts.items():
                 bias = model.get_submodule(layer).e_score_correction_bias
-                zemoe.update_longcat_bias_(bias, counts, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1)
+                zemoe.balance.update_longcat_bias_(
+                    bias, counts, num_experts=E, top_k=K, ffn_experts_per_token=2.0, rate=0.1
+                )
             losses.append(loss.item())
             assert all(entry.tokens == ids().numel() for entry in tally.statistics().layers.values())
         assert losses[-1] < losses[0] - 0.5
@@ -466,9 +469,3 @@ class TestRefused:
         block = next(iter(blocks_of(model).values()))
         with pytest.raises(TypeError, match="retrofit_"):
             type(block)(model.config)
-
-
-def test_the_public_names():
-    assert {"retrofit_", "unretrofit_", "zero_experts_disabled"} <= set(dir(zemoe))
-    with pytest.raises(AttributeError, match="retrofit_them"):
-        _ = zemoe.retrofit_them

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiny_model import IGNORE, Corpus, bits_per_byte, is_style
 from training import Training
-from zemoe import slot_counts
+from zemoe.balance import slot_counts
 
 FIFTHS = 5
 LEAST_COUNT = 100  # how often a token has to occur in the held-out text for its own line

@@ -18,7 +18,8 @@ from arms import ARMS, Settings, build_model
 from torch import Tensor
 
 from tiny_model import IGNORE, Corpus
-from zemoe import longcat_balance_loss, observe, slot_counts, update_longcat_bias_
+from zemoe import observe
+from zemoe.balance import longcat_balance_loss, slot_counts, update_longcat_bias_
 
 WARM_STEPS = 3  # that run launch by launch before a graph is captured: kernels get compiled, workspaces made
 BLOCK = 50  # steps between two looks at the clock

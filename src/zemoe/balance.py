@@ -91,7 +91,7 @@ def slot_counts(
 ) -> Tensor:
     """Count how often each slot was chosen, summed over data-parallel ranks: n_i, [A] int64.
 
-    The counts of micro-batches add up; `zemoe.RoutingTally` does that for every layer, with one reduction in the end.
+    Counts of micro-batches are added: `statistics.RoutingTally` does so for every layer, with one reduction at the end.
 
     Args:
         topk_ids_TK: [T, K]; -1 is not counted. num_slots: A.

@@ -36,7 +36,7 @@ _EVENING = 0.5
 class BudgetController:
     """Moves each layer's selection bias so that a token uses K_e FFN experts on average, evenly spread over them.
 
-        controller = zemoe.BudgetController(num_experts=16, ffn_experts_per_token=4)
+        controller = zemoe.controller.BudgetController(num_experts=16, ffn_experts_per_token=4)
         for batch in micro_batches:
             with zemoe.observe(model) as seen:
                 loss(model(batch)).backward()

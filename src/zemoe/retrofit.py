@@ -1,6 +1,6 @@
 """Zero experts for a trained mixture-of-experts block, the ZEDA way: what is the same in every framework.
 
-`zemoe.retrofit_` puts it into models of transformers (integrations/transformers/retrofit.py). A block keeps its class's
+`retrofit_` puts it into models of transformers (integrations/transformers/retrofit.py). A block keeps its class's
 own forward, its parameters and their names; added are one row of router weight a zero expert, and a forward over all
 slots. Source: ZEDA (arXiv 2605.18643); docs/specification.md, "Retrofit".
 
@@ -99,7 +99,7 @@ class ZeroExpertBlock(StaysFloat32):
     zero_experts_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(f"{type(self).__name__} is made from a trained block by zemoe.retrofit_, not built")
+        raise TypeError(f"{type(self).__name__} is made from a trained block by retrofit_, not built")
 
     def adopt(self, rules: MoEConfig, zero_weight_ZH: Tensor) -> None:
         """Add what a zero-expert block has; `release` undoes it."""
@@ -163,11 +163,11 @@ def zero_experts_disabled(model: nn.Module) -> Iterator[None]:
     as only `zero_weight` is trained.
 
     Raises:
-        ValueError: if `model` has no block with zero experts from `zemoe.retrofit_`.
+        ValueError: if `model` has no block with zero experts from `retrofit_`.
     """
     blocks = [module for module in model.modules() if isinstance(module, ZeroExpertBlock)]
     if not blocks:
-        raise ValueError(f"model must have been through zemoe.retrofit_, got {type(model).__name__} without its blocks")
+        raise ValueError(f"model must have been through retrofit_, got {type(model).__name__} without its blocks")
     before = [block.zero_experts_enabled for block in blocks]
     for block in blocks:
         block.zero_experts_enabled = False

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ._compat import EditsStateDict
 
@@ -68,6 +67,8 @@ def _without_dead_rows(packed: Tensor, now: Tensor, experts_on_disk: int) -> Ten
 
 def _with_rows(now: Tensor, kinds: tuple[str, ...], parts: dict[tuple[int, str], Tensor]) -> Tensor:
     """`now` [E, rows of every kind, columns] with the rows of each (expert, kind) of `parts` in place of its own."""
+    from torch.distributed.tensor import DTensor  # takes as long to import as all of zemoe and more
+
     if isinstance(now, DTensor):
         raise ValueError("sharded experts load from packed tensors alone")
     if now.is_meta and len(parts) < len(now) * len(kinds):

@@ -75,7 +75,7 @@ class TrainSettings:
 
     rows: of `context` tokens in a step, over all processes and micro-batches; accumulate: micro-batches a step.
     ffn_experts: K_e, FFN experts a token wanted, 0 for two thirds of K. balance: coefficient of the balance loss.
-    bias_rate: the share of the way to K_e that a step moves the selection bias, 0 to 1 (`zemoe.BudgetController`).
+    bias_rate: the share of the way to K_e that a step moves the selection bias, 0 to 1 (`BudgetController`).
     dtype: what products are computed in, "auto" is bfloat16 on a GPU; weights are float32. checkpoint_activations:
     compute layers again in backward.
     """

@@ -1,4 +1,4 @@
-"""`zemoe.retrofit_`: zero experts for trained models of transformers with routers of Qwen3-MoE, Mixtral or DeepSeek-V3.
+"""`retrofit_`: zero experts for trained models of transformers with routers of Qwen3-MoE, Mixtral or DeepSeek-V3.
 
 Blocks change their class, they aren't replaced: hooks, names and Parameters stay (docs/transformers.md says why).
 
@@ -232,7 +232,7 @@ def retrofit_(
     if any(getattr(getattr(module, "config", None), "output_router_logits", False) for module in model.modules()):
         raise ValueError(
             "config.output_router_logits must be False: transformers' own balance loss knows E experts only; use "
-            "zemoe.observe and zemoe.zeda_balance_loss"
+            "zemoe.observe and zemoe.balance.zeda_balance_loss"
         )
     prepared = []
     for name, (block, family) in blocks.items():

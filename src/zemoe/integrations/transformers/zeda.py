@@ -80,7 +80,7 @@ def _check_sizes(base: Any, num_zero_experts: int, found: Mapping[str, TensorInf
 
 
 def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto") -> nn.Module:
-    """Load a ZEDA checkpoint folder as transformers' base model with `zemoe.retrofit_`'s blocks, in evaluation mode.
+    """Load a ZEDA checkpoint folder as transformers' base model with `retrofit_`'s blocks, in evaluation mode.
 
     Nothing is downloaded, no code of the checkpoint is run. `use_zce_mask` (zero experts are never chosen) gives the
     blocks with their zero experts disabled.
