@@ -3,10 +3,12 @@
 T tokens, E FFN experts, Z zero-computation experts, A = E + Z slots, K choices, K_e FFN experts a token wanted,
 L layers, B bins of a histogram.
 
-A controller with a fixed rate, such as `update_longcat_bias_`, has to know by how much the choices change when a bias
-moves. That is a matter of how close together the scores lie, which differs by orders of magnitude between layers and
+A controller with a fixed rate, such as `update_longcat_bias_`, needs a rate that fits how many choices change when a
+bias moves. That depends on how close together the scores lie, which differs by orders of magnitude between layers and
 over a training run: a rate that is right at the end makes the first hundred steps overshoot. This controller measures
-it in each batch.
+in each batch how many choices would change.
+
+docs/specification.md, "Selection-bias controllers", has it beside the others.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from .config import check_count
 from .routing import Routing
 from .scores import SCORES, check_scoring
 
-# Shifts are counted in bins that grow with their size, eight to an octave, for sizes from 2^-40 to 2^8.
+# The histogram of shifts has bins that grow with the size of a shift, eight to each doubling, from 2^-40 to 2^8.
 _OCTAVES_BELOW_ONE, _OCTAVES, _BINS_PER_OCTAVE = 40, 48, 8
 _SIZES = _OCTAVES * _BINS_PER_OCTAVE
-_BINS = 2 * _SIZES + 1  # negative, too small to tell from 0, positive
-_SUMS = 3  # tokens, tokens with a gap, the sum of the gaps' logarithms
-# How fast uneven loads are evened out, compared with how fast the budget is reached. A small batch says little about
-# the load of one of many experts.
+_BINS = 2 * _SIZES + 1  # of negative shifts, of those too small to tell from 0, of positive ones
+_SUMS = 3  # what is summed beside the counts: tokens, tokens with a gap, the logarithms of their gaps
+# Uneven loads are evened out at half the speed at which K_e is reached: a small batch says little about the load of one
+# of many experts.
 _EVENING = 0.5
 
 
@@ -48,26 +50,28 @@ class BudgetController:
 
         rate * (s + 1/2 A g (n / E - n_i) / T)
 
-    s is the shift of all FFN experts' biases at which the tokens of this batch would have used K_e FFN experts on
-    average: a token's j-th best FFN expert is chosen where the shift is above the difference between its choice value
-    (score + bias) and that of the (K - j + 1)-th best zero-computation slot, so s is the K_e / K quantile of these
-    differences. The second term evens out the load: n_i is how often expert i was chosen, n the sum over FFN experts,
-    and g the geometric mean over tokens of the gap between the worst chosen slot and the best that was not chosen, so
-    that A g is by how much a bias has to move to change the load of one expert by one choice a token.
+    The first term reaches the budget. If s were added to the biases of all FFN experts, the tokens of this batch would
+    have used K_e FFN experts on average. A token chooses its j-th best FFN expert if the shift is larger than this
+    difference: the choice value (score + bias) of its (K - j + 1)-th best zero-computation slot, less that of the FFN
+    expert. So s is the K_e / K quantile of these differences, over all tokens and j from 1 to K.
 
-    Both are measured, so `rate` has no unit and needs no tuning: it is the share of the way to K_e that one step goes.
-    What is counted is added up over micro-batches and ranks, so how a batch is cut up does not matter.
+    The second term evens out the load. n_i is how often expert i was chosen, and n is the sum over FFN experts. g is
+    the geometric mean, over tokens, of the gap between the worst chosen slot and the best slot that was not chosen. A
+    bias has to move by about A g to change the load of its expert by one choice a token.
+
+    Both s and g are measured, so `rate` has no unit and needs no tuning: it is the share of the way to K_e that one
+    step goes. Counts add up over micro-batches and ranks, so it does not matter how a batch is cut up.
 
     Args:
         num_experts: E, the same in every layer.
         ffn_experts_per_token: K_e.
-        rate: from 0 to 1; 1 goes all the way at each step, smaller ones average over batches, 0 moves nothing.
+        rate: from 0 to 1. With 1 each step goes all the way; smaller rates average over batches; 0 moves nothing.
         scoring_func: of the routers, a name in zemoe.scores.SCORES.
 
     Raises:
         ValueError: for a number or name that does not fit, naming it.
 
-    A group limit (`num_expert_group`) is not looked at: shifts are computed as if every slot could be chosen.
+    A group limit (`num_expert_group`) is ignored: shifts are computed as if every slot could be chosen.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class BudgetController:
         biases: Mapping[str, Tensor],
         masks: Tensor | Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Measure what `zemoe.observe` saw.
+        """Measure the routing that `zemoe.observe` saw.
 
         Args:
             seen: {(layer, micro-batch): Routing}.
@@ -128,6 +132,7 @@ class BudgetController:
             self._choices[layer] = K
 
     def _measure(self, routing: Routing, bias: Tensor, valid_T: Tensor) -> Tensor:
+        """Return the histogram of shifts, the choices by slot and the sums of one Routing, as one float64 tensor."""
         logits_TA, ids_TK = routing.logits_TA, routing.topk_ids_TK
         A, E = logits_TA.shape[1], self.num_experts
         choice_TA = SCORES[self.scoring_func](logits_TA)
@@ -148,7 +153,7 @@ class BudgetController:
         return torch.cat([histogram_B.double(), counts_A.double(), sums])
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum over the data-parallel ranks, in one reduction; call it once a global batch, on every rank.
+        """Sum the counts over the data-parallel ranks, in one reduction; call it once a global batch, on every rank.
 
         Without torch.distributed nothing happens. Every rank must have seen the same layers.
         """
@@ -183,6 +188,7 @@ class BudgetController:
 
 
 def _check_budget(layer: str, ffn_experts: float, num_experts: int, num_slots: int, top_k: int) -> None:
+    """Raise ValueError unless K_e lies between what a token has to choose and what it can choose."""
     zero_experts = num_slots - num_experts
     if zero_experts < 0:
         raise ValueError(f"num_experts={num_experts} exceeds the {num_slots} slots of layer {layer!r}")
@@ -198,6 +204,7 @@ def _check_budget(layer: str, ffn_experts: float, num_experts: int, num_slots: i
 
 
 def _check_bias(layer: str, bias: Tensor, num_experts: int, num_slots: int) -> None:
+    """Raise ValueError unless `bias` is a selection bias of a layer with so many slots, and not of 16 bits."""
     if bias.ndim != 1 or bias.shape[0] not in (num_experts, num_slots):
         raise ValueError(
             f"biases[{layer!r}] must have length E={num_experts} or A={num_slots}, got {tuple(bias.shape)}"
@@ -207,7 +214,10 @@ def _check_bias(layer: str, bias: Tensor, num_experts: int, num_slots: int) -> N
 
 
 def _shifts(choice_TA: Tensor, num_experts: int, top_k: int) -> Tensor:
-    """[T, K]: above which shift of all FFN experts a token chooses at least j = 1..K of them; -inf: in any case."""
+    """Return [T, K]: the shift of all FFN experts above which a token chooses at least j = 1..K of them.
+
+    -inf where it does in any case, inf where it can't.
+    """
 
     def best(choice: Tensor) -> Tensor:
         found = choice.topk(min(top_k, choice.shape[1]), 1).values
@@ -219,22 +229,22 @@ def _shifts(choice_TA: Tensor, num_experts: int, top_k: int) -> Tensor:
 
 
 def _bin_of(shift: Tensor) -> Tensor:
-    """The bin of each shift, int64 from 0 to _BINS - 1; infinite ones are in the first and the last."""
+    """Return the bin of each shift, int64 from 0 to _BINS - 1; infinite shifts are in the first and the last bin."""
     size = ((shift.abs().log2() + _OCTAVES_BELOW_ONE) * _BINS_PER_OCTAVE).floor().clamp(-1, _SIZES - 1) + 1
     return (size * shift.sign()).long() + _SIZES
 
 
 def _edge(b: Tensor) -> Tensor:
-    """The upper edge of bin `b`; the lower one is that of the bin before."""
+    """Return the upper edge of bin `b`; its lower edge is the upper one of the bin before."""
     n = (b - _SIZES).double()
     size = torch.exp2((torch.where(n > 0, n, -n - 1)) / _BINS_PER_OCTAVE - _OCTAVES_BELOW_ONE)
     return torch.where(n > 0, size, torch.where(n < 0, -size, 0.0))
 
 
 def _shift_of(histogram_B: Tensor, target: Tensor) -> Tensor:
-    """The shift below which `target` of the counted ones lie, a scalar; 0 if all are infinite."""
+    """Return the shift below which `target` of the counted shifts lie, a scalar; 0 if all are infinite."""
     below_B = histogram_B.cumsum(0)
-    # Those at infinity can't be reached: the nearest that can is the best.
+    # A target among the infinite shifts can't be reached: the nearest finite shift is the best.
     first, last = below_B[0], below_B[-2]
     reachable = torch.minimum(torch.maximum(target, first + 0.5), last - 0.5)
     b = torch.searchsorted(below_B, reachable.reshape(1)).clamp(1, _BINS - 2)

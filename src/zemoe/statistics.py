@@ -2,8 +2,8 @@
 
 T tokens, E FFN experts, A slots, K choices, R rows of a router's weight (A, or E + 1 with a tied null logit).
 
-Everything is counted and kept on the device. Numbers come to the host in one place, `_to_host`, with one copy, and that
-is called by `RoutingTally.statistics` and `BiasTrajectory.to_dict` alone: call them when a line is logged.
+Everything is counted and kept on the device. Only `_to_host` copies numbers to the host, and only
+`RoutingTally.statistics` and `BiasTrajectory.to_dict` call it, once each: call these when a line is logged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .routing import Routing
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """The numbers of each tensor, flattened, in float64: the only host synchronisation of this file."""
+    """Return the numbers of each tensor, flattened, in float64. Nothing else in this file waits for the device."""
     if not tensors:
         return []
     sizes = [tensor.numel() for tensor in tensors]
@@ -35,14 +35,20 @@ def _to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer over the tokens of a global batch.
+    """What one layer chose for the tokens of a global batch.
 
-    tokens: T. ffn_mean, ffn_std: FFN experts a token, mean and standard deviation over tokens. ffn_histogram: [K + 1]
-    tokens that chose 0, 1, .. K FFN experts. zero_share: choices of zero-computation slots over all choices.
-    max_load: load of the busiest FFN expert over the mean FFN expert's; 1 is even. dead_experts: ids of FFN experts
-    that no token chose. The rest is None unless asked for: bias_*: of the selection bias over FFN experts;
-    row_cosine, ffn_zero_cosine: see `router_cosines`; gradient_ratio: see `gradient_ratios`.
-    A number that does not exist (a mean over no token) is NaN here and None in `to_dict`.
+    A number that does not exist, such as a mean over no token, is NaN here and None in `to_dict`.
+
+    Attributes:
+        tokens: T.
+        ffn_mean, ffn_std: mean and standard deviation, over tokens, of how many FFN experts a token chose.
+        ffn_histogram: [K + 1], how many tokens chose 0, 1, .. K FFN experts.
+        zero_share: choices of zero-computation slots over all choices.
+        max_load: how often the busiest FFN expert was chosen, over how often an FFN expert was on average; 1 is even.
+        dead_experts: ids of the FFN experts that no token chose.
+        bias_min, bias_mean, bias_max: of the selection bias of the FFN experts; None unless asked for, as what follows.
+        row_cosine, ffn_zero_cosine: see `router_cosines`.
+        gradient_ratio: see `gradient_ratios`.
     """
 
     tokens: int
@@ -62,37 +68,37 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """`layers` by name, and over all layers: mean ffn_mean, ffn_std and zero_share, worst max_load, dead experts."""
+    """The statistics of each layer by its name, and of all layers together."""
 
     layers: dict[str, LayerStatistics]
 
     @property
     def ffn_mean(self) -> float:
-        """FFN experts a token and layer."""
+        """The mean over layers of how many FFN experts a token chose."""
         return _mean([layer.ffn_mean for layer in self.layers.values()])
 
     @property
     def ffn_std(self) -> float:
-        """Mean over layers of the standard deviation over tokens."""
+        """The mean over layers of the standard deviation over tokens."""
         return _mean([layer.ffn_std for layer in self.layers.values()])
 
     @property
     def zero_share(self) -> float:
-        """Zero-computation choices over all choices."""
+        """The mean over layers of their share of zero choices."""
         return _mean([layer.zero_share for layer in self.layers.values()])
 
     @property
     def max_load(self) -> float:
-        """Of the layer where it is worst."""
+        """The largest max_load of a layer."""
         return max((layer.max_load for layer in self.layers.values()), default=math.nan)
 
     @property
     def dead_experts(self) -> int:
-        """FFN experts that no token chose, all layers together."""
+        """How many FFN experts no token chose, in all layers together."""
         return sum(len(layer.dead_experts) for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and dicts, fit for a line of JSON: what is NaN or infinite is None there."""
+        """Return plain numbers, lists and dicts, fit for a line of JSON: what is NaN or infinite becomes None."""
         totals = {name: getattr(self, name) for name in ("ffn_mean", "ffn_std", "zero_share", "max_load")}
         layers = {name: _without_none(asdict(layer)) for name, layer in self.layers.items()}
         return _finite({**totals, "dead_experts": self.dead_experts, "layers": layers})
@@ -107,7 +113,7 @@ def _without_none(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for each number that JSON can't hold."""
+    """Return `value` with None in place of each number that JSON can't hold."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -116,7 +122,7 @@ def _finite(value: Any) -> Any:
 
 
 class RoutingTally:
-    """Counts of every layer, added over the micro-batches of a global batch.
+    """Counts the choices of every layer, over the micro-batches of a global batch.
 
         tally = RoutingTally(num_experts=16)
         for batch in micro_batches:
@@ -129,8 +135,8 @@ class RoutingTally:
         log(tally.statistics().to_dict())
         tally.clear()
 
-    Add what one `observe` saw once, when its backward passes are done or before: what activation checkpointing computes
-    again replaces its entry there, so nothing is counted twice either way.
+    Call `add` once for each `observe`, before its backward passes or after them. What activation checkpointing computes
+    again replaces its entry in `seen`, so nothing is counted twice either way.
 
     Args:
         num_experts: E, the same in every layer.
@@ -143,12 +149,12 @@ class RoutingTally:
 
     @property
     def counts(self) -> dict[str, Tensor]:
-        """By layer: [A] int64 choices of each slot so far."""
+        """How often each slot was chosen so far, [A] int64, by layer."""
         return dict(self._counts)
 
     @property
     def ffn_histograms(self) -> dict[str, Tensor]:
-        """By layer: [K + 1] int64 tokens so far that chose 0, 1, .. K FFN experts."""
+        """How many tokens chose 0, 1, .. K FFN experts so far, [K + 1] int64, by layer."""
         return dict(self._histograms)
 
     @torch.no_grad()
@@ -179,7 +185,7 @@ class RoutingTally:
             mask_T = masks[batch] if isinstance(masks, Mapping) else masks
             ids_TK, valid_T = routing.topk_ids_TK, valid_tokens(mask_T, routing.logits_TA)
             ffn_T = ((ids_TK >= 0) & (ids_TK < self.num_experts)).sum(1)
-            # Padding goes into a bin of its own, which is cut off.
+            # Tokens that don't count go into a bin of their own, which is cut off.
             bins_T = torch.where(valid_T, ffn_T, K + 1)
             histogram = torch.zeros(K + 2, dtype=torch.int64, device=ids_TK.device)
             histogram.scatter_add_(0, bins_T, torch.ones_like(bins_T))
@@ -190,7 +196,7 @@ class RoutingTally:
             self._counts[layer], self._histograms[layer] = counts, histogram
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum over the data-parallel ranks, in one reduction; call it once a global batch, on every rank.
+        """Sum the counts over the data-parallel ranks, in one reduction; call it once a global batch, on every rank.
 
         Without torch.distributed nothing happens. Every rank must have seen the same layers.
         """
@@ -202,7 +208,7 @@ class RoutingTally:
             self._counts[layer], self._histograms[layer] = total[2 * i], total[2 * i + 1]
 
     def clear(self) -> None:
-        """Start the next global batch."""
+        """Forget all counts, to begin the next global batch."""
         self._counts.clear()
         self._histograms.clear()
 
@@ -213,11 +219,11 @@ class RoutingTally:
         router_weights: Mapping[str, Tensor] | None = None,
         gradient_ratios: Mapping[str, Tensor] | None = None,
     ) -> RoutingStatistics:
-        """What the counts say, as numbers on the host (one copy).
+        """Return what the counts say, as numbers on the host (one copy).
 
         Args:
             biases: by layer, the selection bias [A] or [E]. router_weights: by layer, the router's weight [R, H].
-            gradient_ratios: by layer, from `gradient_ratios`. Layers that are missing get None for them.
+            gradient_ratios: by layer, from `gradient_ratios`. What is not given for a layer is None in its statistics.
 
         Raises:
             ValueError: for the name of a layer that was not counted.
@@ -268,7 +274,7 @@ def _layer(num_experts: int, numbers: Mapping[str, list[float]]) -> LayerStatist
 
 
 class RouterCosines(NamedTuple):
-    """Scalars: the mean cosine over all pairs of rows, and over all pairs of an FFN row and a zero-computation row."""
+    """Mean cosines, scalars: over all pairs of rows, and over all pairs of an FFN expert's and another slot's row."""
 
     rows: Tensor
     ffn_zero: Tensor
@@ -276,13 +282,13 @@ class RouterCosines(NamedTuple):
 
 @torch.no_grad()
 def router_cosines(weight_RH: Tensor, num_experts: int) -> RouterCosines:
-    """How alike the rows of a router's weight are: near 1, tokens can't tell the slots apart.
+    """Measure how alike the rows of a router's weight are. Near 1, the router can't tell the slots apart.
 
     Args:
         weight_RH: [R, H], rows of the E FFN experts first. num_experts: E.
 
     Returns:
-        RouterCosines in float64; NaN where there is no such pair. A row of zeros has cosine 0 with any other.
+        RouterCosines in float64, NaN where there is no such pair. A row of zeros has the cosine 0 with any other.
 
     Raises:
         ValueError: if there are fewer than E rows.
@@ -300,18 +306,19 @@ def router_cosines(weight_RH: Tensor, num_experts: int) -> RouterCosines:
 
 
 def gradient_ratios(balance_loss: Tensor, lm_loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each parameter |gradient of balance_loss| / |gradient of lm_loss|, Frobenius norms, as scalars on the device.
+    """Compute |gradient of balance_loss| / |gradient of lm_loss| for each parameter, as scalars on the device.
 
-    Well below 1 a balance loss leaves the router to the language model; LongCat-Flash's report watches such a ratio and
-    advises to keep it under 0.1. Costs two backward passes down to the parameters: call it before `backward`, when a
-    line is logged. No `.grad` changes. Give `balance_loss` with its coefficient.
+    The norms are Frobenius norms. Where the ratio is well below 1, the language model decides what the router learns,
+    and not the balance loss; LongCat-Flash's report watches such a ratio and advises to keep it under 0.1. It costs two
+    backward passes down to the parameters: call it before `backward`, when a line is logged. No `.grad` changes. Give
+    `balance_loss` with its coefficient.
 
     Args:
         balance_loss, lm_loss: scalars with a graph, which is kept. parameters: by layer, the router's weight, or any
             other tensor of the graph, such as the logits that were observed.
 
     Returns:
-        Infinite where only lm_loss has no gradient, NaN where neither has.
+        The ratios by name: infinite where only lm_loss has no gradient, NaN where neither loss has one.
 
     Raises:
         ValueError: for a loss without a graph.
@@ -331,14 +338,14 @@ def gradient_ratios(balance_loss: Tensor, lm_loss: Tensor, parameters: Mapping[s
 
 
 class BiasTrajectory:
-    """How selection biases move: snapshots on the device, numbers when they are asked for."""
+    """Records how selection biases move: it keeps copies on the device, and gives numbers when it is asked for them."""
 
     def __init__(self) -> None:
         self._steps: list[int] = []
         self._biases: dict[str, list[Tensor]] = {}
 
     def record(self, step: int, biases: Mapping[str, Tensor]) -> None:
-        """Keep a copy of the biases [A] or [E] by layer, at `step`; ValueError if the layers are others than before."""
+        """Keep a copy of the biases [A] or [E] by layer, as of `step`; ValueError for other layers than before."""
         if self._steps and set(biases) != set(self._biases):
             raise ValueError(f"biases must be of layers {sorted(self._biases)}, got {sorted(biases)}")
         self._steps.append(step)
@@ -346,7 +353,7 @@ class BiasTrajectory:
             self._biases.setdefault(layer, []).append(bias.detach().clone())
 
     def to_dict(self) -> dict[str, Any]:
-        """{"steps": [n], "layers": {layer: [n][A]}}, plain numbers (one copy to the host)."""
+        """Return {"steps": [n], "layers": {layer: [n][A]}} in plain numbers (one copy to the host)."""
         stacked = {layer: torch.stack(snapshots) for layer, snapshots in self._biases.items()}
         layers = {}
         for (layer, bias_NA), flat in zip(stacked.items(), _to_host(list(stacked.values())), strict=True):
