@@ -58,7 +58,7 @@ def test_tiles_fit_the_shared_memory(pretend, gpu, T, E, Z, I, H) -> None:
             assert stage * product.stages <= gpu.shared_memory
 
 
-# (T of LongCat-Flash-Lite's layer, K = 12, A = 384): what was measured on an H100, docs/gpu.md.
+# (T of LongCat-Flash-Lite's layer, K = 12, A = 384): what was measured on an H100, dev/gpu.md.
 ON_HOPPER = {
     1: (Product(1, 1, 1024, 8, 1, False), Product(1, 1, 512, 1, 1, False)),
     64: (Product(16, 32, 256, 4, 3, True), Product(16, 32, 256, 4, 3, True)),

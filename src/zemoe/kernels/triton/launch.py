@@ -2,7 +2,7 @@
 
 Every kernel of this folder begins with `begin` and is launched with `launch_options`. Without it a launch costs one to
 two microseconds in which the GPU does nothing, six times a layer. That is much for few tokens and nothing for many, for
-which programs that wait beside others that work cost more than they save (docs/gpu.md).
+which programs that wait beside others that work cost more than they save (dev/gpu.md).
 """
 
 from __future__ import annotations

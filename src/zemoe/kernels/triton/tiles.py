@@ -1,4 +1,4 @@
-"""Tile sizes, computed from shape and device. docs/gpu.md has the measurements behind each choice. Needs no triton.
+"""Tile sizes, computed from shape and device. dev/gpu.md has the measurements behind each choice. Needs no triton.
 
 T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices.
 """

@@ -1,7 +1,7 @@
 """A picture of a command's real output: runs it in a terminal of its own and renders what it wrote as SVG.
 
-    python docs/record.py docs/images/generate.svg                  # make run
-    python docs/record.py doctor.svg zemoe doctor
+    python dev/record.py docs/images/generate.svg                  # make run
+    python dev/record.py doctor.svg zemoe doctor
 
 Standard error (make's own lines, the spinner) is left out, everything else is as the command wrote it. Of what it draws
 anew again and again, the last picture counts.
