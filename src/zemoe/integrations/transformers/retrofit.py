@@ -1,6 +1,6 @@
 """`retrofit_`: zero experts for trained models of transformers with routers of Qwen3-MoE, Mixtral or DeepSeek-V3.
 
-Blocks change their class, they aren't replaced: hooks, names and Parameters stay (docs/transformers.md says why).
+Blocks change their class, they aren't replaced: hooks, names and Parameters stay (dev/transformers.md says why).
 
 E FFN experts, Z zero experts, A = E + Z slots, K choices.
 """
