@@ -116,10 +116,12 @@ fuzz: $(READY)
 bench: $(READY)
 	$(BIN)/zemoe bench
 
+# What needs no test run: style, types, who imports whom, and the docs' links and lines. CI runs it before the tests.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_public_api.py $(wildcard tests/docs)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) $(NEWEST) build dist
