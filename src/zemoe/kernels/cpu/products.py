@@ -1,7 +1,7 @@
 """Products of a few rows with one expert's weight on a CPU, each by the routine that suits its number of rows.
 
 M rows, O and I rows and columns of a weight. Which routine wins is a matter of M and of the weight's row stride much
-more than of the instruction set; the measurements behind the numbers here are in docs/cpu.md.
+more than of the instruction set; the measurements behind the numbers here are in dev/cpu.md.
 """
 
 from __future__ import annotations
