@@ -1,1 +1,1 @@
-"""What the integrations of inference engines share."""
+"""What integrations share: the layer behind a router's logits, loading of experts, versions; no framework."""

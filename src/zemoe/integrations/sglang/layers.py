@@ -20,10 +20,12 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.models import longcat_flash
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...routing import select_experts
 from ..engines.from_logits import moe_from_logits
+from ..engines.weights import ExpertShare
+from ..engines.zero_choices import without_zero_choices
 
 logger = logging.getLogger("sglang.plugins.zemoe")
 
@@ -32,11 +34,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SUMS_OVER_RANKS = hasattr(longcat_flash, "tensor_model_parallel_all_reduce")
 
 
-class ZeroExpertLongcatExperts(nn.Module):
-    """One rank's share of the experts: `w13_weight` [E, 2I/R, H], gate rows first, and `w2_weight` [E, H, I/R].
+class ZeroExpertLongcatExperts(ExpertShare):
+    """One rank's share of the experts, under the names and with the loaders of SGLang's, so that its model loads them.
 
-    Names and loaders are those of SGLang's experts, so that its model loads them; SGLang repacks none of ours. For some
-    back ends SGLang's own are wider; ours are as the configuration says.
+    SGLang repacks none of ours. For some of its back ends SGLang's own are wider; ours are as the configuration says.
 
     Args:
         theirs: SGLang's experts, as built for this rank.
@@ -44,45 +45,17 @@ class ZeroExpertLongcatExperts(nn.Module):
     """
 
     def __init__(self, theirs: FusedMoE, intermediate_size: int) -> None:
-        super().__init__()
-        self.num_local_experts, self.intermediate_size = theirs.num_local_experts, intermediate_size
-        self.tp_rank, self.tp_size = theirs.moe_tp_rank, theirs.moe_tp_size
-        width, hidden = intermediate_size // self.tp_size, theirs.hidden_size
-        like = {"dtype": theirs.w13_weight.dtype, "device": theirs.w13_weight.device}
-        self.w13_weight: Any = nn.Parameter(
-            torch.empty(self.num_local_experts, 2 * width, hidden, **like), requires_grad=False
+        super().__init__(
+            theirs.num_local_experts,
+            theirs.hidden_size,
+            intermediate_size,
+            rank=theirs.moe_tp_rank,
+            ranks=theirs.moe_tp_size,
+            fill_up=True,
+            dtype=theirs.w13_weight.dtype,
+            device=theirs.w13_weight.device,
         )
-        self.w2_weight: Any = nn.Parameter(
-            torch.empty(self.num_local_experts, hidden, width, **like), requires_grad=False
-        )
-        self.w13_weight.weight_loader = self.w2_weight.weight_loader = self.weight_loader
-
-    def weight_loader(
-        self, param: Tensor, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int
-    ) -> None:
-        """Copy this rank's part of one expert's gate ("w1") or up ("w3") [I, H] or down ("w2") [H, I] weight.
-
-        A smaller I is filled up with zeros, which changes no output.
-
-        Raises:
-            ValueError: for another shard_id, another H or a larger I.
-        """
-        if shard_id not in ("w1", "w2", "w3"):
-            raise ValueError(f"{weight_name}: shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r}")
-        expert = param.data[expert_id]
-        if shard_id == "w2":
-            part, dim = expert, 1
-        else:
-            part, dim = expert.chunk(2)[0 if shard_id == "w1" else 1], 0
-        whole = list(part.shape)
-        whole[dim] = self.intermediate_size
-        shape = list(loaded_weight.shape)
-        if len(shape) != 2 or shape[1 - dim] != whole[1 - dim] or shape[dim] > whole[dim]:
-            raise ValueError(f"{weight_name} must have shape {whole}, got {shape}")
-        # The last ranks may have less than the others, or nothing.
-        start = min(self.tp_rank * part.shape[dim], shape[dim])
-        length = min(part.shape[dim], shape[dim] - start)
-        part.zero_().narrow(dim, 0, length).copy_(loaded_weight.narrow(dim, start, length))
+        self.num_local_experts = theirs.num_local_experts
 
 
 def why_theirs(layer: Any) -> str | None:
@@ -162,12 +135,8 @@ class ZeroExpertLongcatMoE(longcat_flash.LongcatFlashMoE):
             e_score_correction_bias=bias_A.float(),
             routed_scaling_factor=float(self.routed_scaling_factor),
         )
-        zero_TK = ids_TK >= self.num_experts
+        weights_TK, ids_TK, alpha_T1 = without_zero_choices(weights_TK, ids_TK, self.num_experts, replacement=0)
         # Before the experts: they may write their output over their input.
-        zero_TH = x_TH * weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True) if self.adds_zero_experts else None
-        # As SGLang's kernels want it: a zero choice is expert 0 with weight 0.
-        chosen = StandardTopKOutput(
-            weights_TK.masked_fill(zero_TK, 0), ids_TK.masked_fill(zero_TK, 0).to(torch.int32), logits_TA
-        )
-        output_TH = self.experts(x_TH, chosen)
+        zero_TH = x_TH * alpha_T1 if self.adds_zero_experts else None
+        output_TH = self.experts(x_TH, StandardTopKOutput(weights_TK, ids_TK.to(torch.int32), logits_TA))
         return output_TH if zero_TH is None else (output_TH + zero_TH).to(output_TH.dtype)

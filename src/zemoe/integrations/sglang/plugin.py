@@ -16,28 +16,17 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
 
-from ...versions import is_tested, range_of
+from ..engines.versions import switch_of, why_not
 
-SWITCH = "ZEMOE_SGLANG"
+ENGINE = "SGLang"
 TARGET = "sglang.srt.models.longcat_flash.LongcatFlashMoE"
 
 logger = logging.getLogger("sglang.plugins.zemoe")
 
 
-def why_not(version: str, switch: str | None) -> str | None:
-    """Why the plug-in does nothing with this SGLang and this value of ZEMOE_SGLANG, or None."""
-    if switch == "0":
-        return f"{SWITCH}=0"
-    if switch not in (None, "", "1"):
-        return f"{SWITCH} must be 0 or 1, got {switch!r}"
-    if not is_tested("sglang", version):  # the ends' sources were read and tried (docs/sglang.md)
-        return f"zemoe knows SGLang {range_of('sglang')}, and this is {version}"
-    return None
-
-
 def register() -> None:
     """Have SGLang replace its LongCat-Flash MoE layer by ours when it applies its hooks."""
-    reason = why_not(sglang_version, os.environ.get(SWITCH))
+    reason = why_not(ENGINE, sglang_version, os.environ.get(switch_of(ENGINE)))
     if reason is not None:
         # Said when a model is built: SGLang sets up its log after it has called us, and other models needn't know.
         def say(_: None, layer: Any, *args: object, **kwargs: object) -> None:

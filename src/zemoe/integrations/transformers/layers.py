@@ -30,6 +30,7 @@ from ...experts import fused_experts, unflatten
 from ...routing import Routing, RoutingModule, router_logits, select_experts
 from ...separate_experts import LoadsSeparateExperts
 from ...versions import warn_if_untested
+from ..engines.zero_choices import without_zero_choices
 
 warn_if_untested("transformers", transformers.__version__)
 
@@ -206,13 +207,12 @@ class ZeroExpertLongcatMoE(StockMoE):
         return experts.get_base_layer() if hasattr(experts, "get_base_layer") else experts
 
     def _across_ranks(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Zero experts at home, FFN experts where transformers' expert parallelism has put them.
+        """Compute zero experts on this rank, FFN experts where transformers' expert parallelism has put them.
 
-        It sends every choice to an expert: a zero choice to one of this rank, with weight 0.
+        It sends every choice to an expert; with weight 0, one of this rank is in the place of a zero expert.
         """
         experts = self._own_experts()
-        zero_TK = ids_TK >= experts.num_routed_experts
         home = expert_rank(experts.gate_up_proj.device_mesh) * experts.num_experts
-        y_TH = self.experts(x_TH, ids_TK.masked_fill(zero_TK, home), weights_TK.masked_fill(zero_TK, 0))
-        alpha_T1 = weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
+        weights_TK, ids_TK, alpha_T1 = without_zero_choices(weights_TK, ids_TK, experts.num_routed_experts, home)
+        y_TH = self.experts(x_TH, ids_TK, weights_TK)
         return (y_TH + alpha_T1 * x_TH).to(x_TH.dtype)

@@ -23,6 +23,8 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ...routing import router_logits
 from ..engines.from_logits import moe_from_logits, select_from_logits
+from ..engines.weights import ExpertShare
+from ..engines.zero_choices import without_zero_choices
 
 
 class _Router(nn.Module):
@@ -46,51 +48,10 @@ class _Router(nn.Module):
         param.data.copy_(F.pad(loaded_weight.float(), (0, len(param) - len(loaded_weight))))
 
 
-class _Experts(nn.Module):
-    """This rank's part of the FFN experts, w13 [E, 2I/R, H] and w2 [E, H, I/R], under the names that vLLM loads to."""
-
-    def __init__(self, num_experts: int, hidden_size: int, width: int, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        w13 = torch.empty(num_experts, 2 * width, hidden_size, dtype=dtype)
-        w2 = torch.empty(num_experts, hidden_size, width, dtype=dtype)
-        self.w13_weight = nn.Parameter(w13, requires_grad=False)
-        self.w2_weight = nn.Parameter(w2, requires_grad=False)
-        for param in (self.w13_weight, self.w2_weight):
-            set_weight_attrs(param, {"weight_loader": self.weight_loader})
-
-    def weight_loader(
-        self,
-        param: nn.Parameter,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        """Copy this rank's part of one expert's matrix: [I, H] for "w1" (gate) and "w3" (up), [H, I] for "w2" (down).
-
-        Raises:
-            ValueError: for another shard_id or a matrix that does not fit, naming it.
-        """
-        if shard_id not in ("w1", "w2", "w3"):
-            raise ValueError(f"shard_id must be 'w1', 'w2' or 'w3', got {shard_id!r} for {weight_name}")
-        target = param.data[expert_id]
-        split = 1 if shard_id == "w2" else 0  # the dimension of I
-        if shard_id != "w2":
-            target = target.chunk(2)[0 if shard_id == "w1" else 1]
-        ranks, width = get_tensor_model_parallel_world_size(), target.shape[split]
-        needed = list(target.shape)
-        needed[split] *= ranks
-        if list(loaded_weight.shape) != needed:
-            raise ValueError(f"{weight_name} must have shape {tuple(needed)}, got {tuple(loaded_weight.shape)}")
-        target.copy_(loaded_weight.narrow(split, get_tensor_model_parallel_rank() * width, width))
-        return True if return_success else None
-
-
 class _ExpertsByName(nn.Module):
     """One more step in the names that vLLM loads to: `experts.routed_experts.w13_weight`."""
 
-    def __init__(self, routed_experts: _Experts) -> None:
+    def __init__(self, routed_experts: ExpertShare) -> None:
         super().__init__()
         self.routed_experts = routed_experts
 
@@ -120,10 +81,13 @@ class ZeroExpertLongcatMoE(nn.Module):
         self.top_k = top_k
         self.scaling = float(config.routed_scaling_factor)
         self.ranks = get_tensor_model_parallel_world_size()
-        self.identity = get_tensor_model_parallel_rank() == 0
         self.router = _Router(num_experts, num_experts + config.zero_expert_num, hidden_size)
-        routed = _Experts(num_experts, hidden_size, intermediate_size // self.ranks, params_dtype)
+        rank = get_tensor_model_parallel_rank()
+        routed = ExpertShare(
+            num_experts, hidden_size, intermediate_size, rank=rank, ranks=self.ranks, dtype=params_dtype
+        )
         self.experts = _ExpertsByName(routed)
+        self.identity = rank == 0
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; the same shape and dtype out."""
@@ -215,12 +179,7 @@ class ZeroExpertLongcatMoEAroundTheirs(nn.Module):
             num_experts=self.num_experts,
             scaling=self.scaling,
         )
-        zero_TK = ids_TK >= self.num_experts
-        # Before the experts: they may write over their input.
-        zero_TH = hidden_states * weights_TK.masked_fill(~zero_TK, 0).sum(-1, keepdim=True)
-        # Most of vLLM's kernels have no word for "no expert". A zero choice becomes, with weight 0, an expert that its
-        # token has chosen anyway (0 where it has none): no further weights are read, and no expert gets all of them.
-        chosen_T1 = ids_TK.masked_fill(zero_TK, self.num_experts).amin(-1, keepdim=True) % self.num_experts
-        routing = _packed(weights_TK.masked_fill(zero_TK, 0), torch.where(zero_TK, chosen_T1, ids_TK))
-        y_TH = self.experts(hidden_states=hidden_states, router_logits=routing)
+        weights_TK, ids_TK, alpha_T1 = without_zero_choices(weights_TK, ids_TK, self.num_experts)
+        zero_TH = hidden_states * alpha_T1  # before the experts, which may write over their input
+        y_TH = self.experts(hidden_states=hidden_states, router_logits=_packed(weights_TK, ids_TK))
         return (y_TH + zero_TH).to(hidden_states.dtype)

@@ -15,9 +15,9 @@ import os
 import vllm
 from vllm.logger import init_logger
 
-from ...versions import is_tested, range_of
+from ..engines.versions import switch_of, why_not
 
-SWITCH = "ZEMOE_VLLM"
+ENGINE = "vLLM"
 
 _MODELS = "zemoe.integrations.vllm.models"
 ARCHITECTURES = {
@@ -28,20 +28,9 @@ ARCHITECTURES = {
 logger = init_logger("vllm.plugins.zemoe")  # vLLM shows what is logged below "vllm"
 
 
-def why_not(version: str, switch: str | None) -> str | None:
-    """Why the plug-in does nothing with this vLLM and this value of ZEMOE_VLLM, or None."""
-    if switch == "0":
-        return f"{SWITCH}=0"
-    if switch not in (None, "", "1"):
-        return f"{SWITCH} must be 0 or 1, got {switch!r}"
-    if not is_tested("vllm", version):  # its minor versions' sources were read and tried (docs/vllm.md)
-        return f"zemoe knows vLLM {range_of('vllm')}, and this is {version}"
-    return None
-
-
 def register() -> None:
     """Put our model classes in vLLM's registry, as names that are imported when a model is built; idempotent."""
-    reason = why_not(vllm.__version__, os.environ.get(SWITCH))
+    reason = why_not(ENGINE, vllm.__version__, os.environ.get(switch_of(ENGINE)))
     if reason is not None:
         if multiprocessing.parent_process() is None:  # vLLM's other processes would all say it again
             # A warning: vLLM loads plug-ins before it makes a place for its log, and Python shows warnings without one.
