@@ -56,7 +56,7 @@ def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
     monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
-        for name in ("prepare", "moe_ffn_tiles", "moe_ffn_tiles_train"):
+        for name in ("plan_tiles", "moe_ffn_tiles", "moe_ffn_tiles_train"):
             library.impl(name, getattr(triton_experts, f"_{name}_cuda"), "CPU")
         for name in ("moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"):
             library.impl(name, triton_experts._gradients, "CPU")

@@ -82,7 +82,7 @@ def test_compiled_code_refuses():
         torch.compile(vmap(layer(None)), backend="eager")(X)
 
 
-OPERATORS = ["topk_ids", "select_few", "plan", "moe_ffn", "moe_ffn_from_ids", "moe_ffn_few", "prepare"]
+OPERATORS = ["topk_ids", "select_few", "plan", "moe_ffn", "moe_ffn_from_ids", "moe_ffn_few", "plan_tiles"]
 OPERATORS += ["moe_ffn_tiles", "moe_ffn_tiles_train", "select_experts"]
 
 

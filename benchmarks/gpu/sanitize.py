@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
-from zemoe.kernels.triton.moe_ffn import moe_ffn
-from zemoe.kernels.triton.moe_ffn_backward import moe_ffn_backward
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import moe_ffn_tiles
+from zemoe.kernels.triton.moe_ffn_tiles_backward import moe_ffn_tiles_backward
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.router_logits import Way, router_logits
+from zemoe.kernels.triton.router_logits_backward import bfloat16_parts
 from zemoe.kernels.triton.select_experts import select_experts
-from zemoe.kernels.triton.select_experts_backward import bfloat16_parts, grad_logits
+from zemoe.kernels.triton.select_experts_backward import select_experts_backward
 from zemoe.kernels.triton.tiles import backward_schedule, schedule
 
 NAN, INF = float("nan"), float("inf")
@@ -73,7 +74,7 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
     how, back = schedule(block_m, 10**6 if many else T, K, w13, w2), backward_schedule(block_m, w13, w2)
     for edge, ids in edges(T, K):
         for most_compared in (0, 10**9):
-            *plan, alpha, beta = prepare(
+            *plan, alpha, beta = plan_tiles(
                 weights,
                 ids.cuda(),
                 num_experts=E,
@@ -85,12 +86,12 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
                 most_compared=most_compared,
                 part=8,
             )
-        out = moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how)
+        out = moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how)
         check(out, {T - 1})
         for into in ((None, None), (torch.zeros_like(w13, dtype=torch.float32), torch.zeros_like(w2))):
             preact = x.new_empty(T * K, 2 * I)
-            moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, preact)
-            dx, dweights, *_ = moe_ffn_backward(
+            moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, preact)
+            dx, dweights, *_ = moe_ffn_tiles_backward(
                 dout, x, weights, *plan[:3], plan[3][-1], w13, w2, alpha, preact, "silu", (True,) * 5, back, into,
                 overwrite=into[0] is None,
             )  # fmt: skip
@@ -111,7 +112,7 @@ def routing(A: int, K: int, **rules) -> None:
     assert ids.max() < A
     same = {name: rules[name] for name in ("scoring", "renormalize") if name in rules}
     for given in (ids, ids.clone().fill_(2**40), -ids):
-        grad = grad_logits(normal(7, K), logits, given, **{
+        grad = select_experts_backward(normal(7, K), logits, given, **{
             "num_experts": A // 2, "scoring": "softmax", "renormalize": "none", "scaling": 1.0, **same
         })  # fmt: skip
         assert grad[[0, 4, 5, 6]].isfinite().all()
@@ -133,8 +134,8 @@ def one_token() -> None:
     x, w13, w2 = (normal(*shape, dtype=torch.bfloat16) for shape in ((1, H), (E, 2 * I, H), (E, H, I)))
     weights, how = normal(1, K), schedule(1, 1, K, w13, w2)
     for edge, ids in edges(1, K):
-        *plan, alpha, _ = prepare(weights, ids.cuda(), num_experts=E, num_slots=A, block_m=1, kinds=((IDENTITY, Z),))
-        check(moe_ffn(x, weights, *plan, w13, w2, (alpha, None, None), "silu", how), set())
+        *plan, alpha, _ = plan_tiles(weights, ids.cuda(), num_experts=E, num_slots=A, block_m=1, kinds=((IDENTITY, Z),))
+        check(moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, None, None), "silu", how), set())
         print(f"experts: one token, H={H} I={I} K={K}: {edge}")
 
 

@@ -22,8 +22,8 @@ import torch
 import triton
 
 from zemoe.kernels.triton.coefficients import IDENTITY
-from zemoe.kernels.triton.moe_ffn import down, gate_up
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import down, gate_up
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.tiles import Product, rows_per_tile, schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # results_csv
@@ -83,7 +83,7 @@ class Layer:
     def plans(self, block_m: int) -> list[tuple[torch.Tensor, ...]]:
         kinds = ((IDENTITY, self.A - self.E),)
         rules = {"num_experts": self.E, "num_slots": self.A, "block_m": block_m, "kinds": kinds}
-        return [prepare(torch.ones(ids.shape, device="cuda"), ids, **rules) for ids in self.ids]
+        return [plan_tiles(torch.ones(ids.shape, device="cuda"), ids, **rules) for ids in self.ids]
 
     def run(self, product: str, plan: tuple[torch.Tensor, ...], how: Product, inner: torch.Tensor | None):
         row_token, _, offsets, tiles, *_ = plan

@@ -34,9 +34,9 @@ from zemoe import MoE, fused_experts
 from zemoe.bench.cases import build, load_cases, shares, steer
 from zemoe.kernels.triton import launch
 from zemoe.kernels.triton.grad_weight import grad_weight
-from zemoe.kernels.triton.moe_ffn import gate_up
-from zemoe.kernels.triton.moe_ffn_backward import grad_preact, grad_rows, row_weights
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import gate_up
+from zemoe.kernels.triton.moe_ffn_tiles_backward import grad_preact, grad_rows, row_weights
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.tiles import Product, backward_schedule, schedule, training_rows_per_tile
 from zemoe.ops.triton_experts import moe_ffn_tiles_train
 
@@ -341,7 +341,7 @@ class Backward:
         self.plans = {}
         for block_m in (128, 192):
             rules = {"num_experts": self.E, "num_slots": -1, "block_m": block_m, "kinds": ()}
-            self.plans[block_m] = prepare(self.weights, self.ids, **rules)
+            self.plans[block_m] = plan_tiles(self.weights, self.ids, **rules)
         self.row_token, slot_row, self.offsets, self.tiles, *_ = self.plans[128]
         self.row_weight = row_weights(slot_row, self.weights)
         self.preact = torch.randn(T * self.K, 2 * self.I, **make)

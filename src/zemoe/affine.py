@@ -86,7 +86,7 @@ AFFINE_KINDS: dict[str, Callable[[Chosen], Coefficients]] = {
     "scaled_identity": _scaled_identity,
 }
 
-# What the fused kernel that prepares a layer calls the kinds (kernels/triton/plan.py). A kind that is not here works
+# What the kernels that plan a layer call the kinds (kernels/triton/coefficients.py). A kind that is not here works
 # too: its rule above is run instead.
 CODES = {"zero": 0, "identity": 1, "scaled_identity": 2, "constant": 3}
 

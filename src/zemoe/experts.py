@@ -86,7 +86,7 @@ def _infer_triton(call: Call) -> Tensor:
     slots = call.num_slots or call.num_experts
     block_m = triton_experts.rows_per_tile(T, K, slots)
     codes = kernel_kinds(call.kinds)
-    *plan, alpha_T, beta_TC = triton_experts.prepare(
+    *plan, alpha_T, beta_TC = triton_experts.plan_tiles(
         call.weights_TK,
         call.ids_TK,
         num_experts=call.num_experts,
@@ -110,7 +110,7 @@ def _train_triton(call: Call) -> Tensor:
     T, K = call.ids_TK.shape
     slots = call.num_slots or call.num_experts
     block_m = triton_experts.training_rows_per_tile(T, K, slots)
-    *plan, _, _ = triton_experts.prepare(
+    *plan, _, _ = triton_experts.plan_tiles(
         call.weights_TK.detach(),
         call.ids_TK,
         num_experts=call.num_experts,

@@ -48,7 +48,7 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
     monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
-        library.impl("prepare", triton_experts._prepare_cuda, "CPU")
+        library.impl("plan_tiles", triton_experts._plan_tiles_cuda, "CPU")
         library.impl("moe_ffn_tiles_train", triton_experts._moe_ffn_tiles_train_cuda, "CPU")
         library.impl("moe_ffn_tiles_backward", triton_experts._gradients, "CPU")
         library.impl("moe_ffn_tiles_backward_", triton_experts._gradients, "CPU")

@@ -156,7 +156,7 @@ class TestOpcheck:
             "sum_rows",
         }
         tested |= {"plan", "select_few", "topk_ids"}  # select_few: tests/kernels/cpu/test_loops.py
-        on_gpu = {"router_logits", "select_experts", "prepare", "moe_ffn_tiles"}  # tests/kernels/triton/test_gpu.py
+        on_gpu = {"router_logits", "select_experts", "plan_tiles", "moe_ffn_tiles"}  # tests/kernels/triton/test_gpu.py
         # tests/kernels/triton/test_backward_operators.py, tests/kernels/triton/test_select_experts_backward.py
         trained = {"moe_ffn_tiles_train", "moe_ffn_tiles_backward", "moe_ffn_tiles_backward_"}
         trained |= {"router_logits_backward", "select_experts_backward"}
@@ -307,5 +307,5 @@ def test_the_plan_of_both_devices_is_the_same():
 
     for case in (*SMALL, BY_NAME["skips"], BY_NAME["heavy_skew"], BY_NAME["many_experts"]):
         ids = case.inputs().ids_TK
-        for mine, other in zip(ops.plan(ids, case.E, case.A), grouped.plan(ids, case.E, case.A), strict=True):
+        for mine, other in zip(ops.plan(ids, case.E, case.A), grouped.make_plan(ids, case.E, case.A), strict=True):
             assert torch.equal(mine, other) and mine.dtype == torch.int64

@@ -52,7 +52,7 @@ def test_router_of_one_column(T: int, device: str) -> None:
 def run(inputs, affine: AffineParams, constant_logits: Tensor, block_m: int = 16) -> Tensor:
     x, w13, w2, weights, ids = inputs[:5]
     codes = [number for pair in kernel_kinds(CASE.kinds) for number in pair]
-    *plan, alpha, beta = triton_experts._prepare_cuda(
+    *plan, alpha, beta = triton_experts._plan_tiles_cuda(
         weights, ids, CASE.E, CASE.A, block_m, codes, affine.scale, constant_logits
     )
     return triton_experts._moe_ffn_tiles_cuda(
@@ -101,7 +101,7 @@ def test_constant_logits(device: str) -> None:
 def test_more_choices_than_int32_counts(device: str) -> None:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**16, 2**15)
     with pytest.raises(ValueError, match="topk_ids must have fewer than"):
-        triton_experts._prepare_cuda(ids[:1].float(), ids, 1, 1, 16, [], None, None)
+        triton_experts._plan_tiles_cuda(ids[:1].float(), ids, 1, 1, 16, [], None, None)
 
 
 def test_rows_of_a_matrix_lie_apart(device: str) -> None:

@@ -26,10 +26,11 @@ from zemoe.kernels.triton import (
     combine,
     gpus,
     grad_weight,
-    moe_ffn,
-    moe_ffn_backward,
-    plan,
+    moe_ffn_tiles,
+    moe_ffn_tiles_backward,
+    plan_tiles,
     router_logits,
+    router_logits_backward,
     select_experts,
     select_experts_backward,
     tiles,
@@ -38,14 +39,15 @@ from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.launch import _MOST_TOKENS
 
 MODULES = (
-    moe_ffn_backward,
+    moe_ffn_tiles_backward,
     combine,
-    moe_ffn,
+    moe_ffn_tiles,
     grad_weight,
-    plan,
+    plan_tiles,
     select_experts,
     select_experts_backward,
     router_logits,
+    router_logits_backward,
 )
 KINDS = ((CONSTANT, 2), (IDENTITY, 3), (SCALED, 1), (ZERO, 1))
 SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -134,7 +136,7 @@ def layer(shape: Shape, T: int, dtype: torch.dtype, activation: str, *, trained:
     N = T * K
     block_m = (tiles.training_rows_per_tile if trained else tiles.rows_per_tile)(T, K, E + Z)
     kinds = () if trained or Z < 7 else KINDS
-    *planned, alpha, beta = plan.prepare(
+    *planned, alpha, beta = plan_tiles.plan_tiles(
         empty(T, K), empty(T, K, dtype=torch.int64), num_experts=E, num_slots=-1, block_m=block_m, kinds=kinds,
         scale_S=empty(1), constant_logits_TC2=empty(T, 2, 2),
     )  # fmt: skip
@@ -144,11 +146,11 @@ def layer(shape: Shape, T: int, dtype: torch.dtype, activation: str, *, trained:
     preact = empty(N, 2 * I, dtype=dtype) if trained else None
     if trained:
         how = replace(how, slices=tiles.training_slices(N, H))
-    moe_ffn.moe_ffn(x, empty(T, K), *planned, w13, w2, affine, activation, how, preact)
+    moe_ffn_tiles.moe_ffn_tiles(x, empty(T, K), *planned, w13, w2, affine, activation, how, preact)
     if preact is None:
         return
     for into in ((None, None), (empty(E, 2 * I, H), empty(E, H, I))):
-        moe_ffn_backward.moe_ffn_backward(
+        moe_ffn_tiles_backward.moe_ffn_tiles_backward(
             empty(T, H, dtype=dtype), x, empty(T, K), *planned[:3], planned[3][-1], w13, w2, alpha, preact, activation,
             (True,) * 5, tiles.backward_schedule(block_m, w13, w2), into, overwrite=True,
         )  # fmt: skip
@@ -163,9 +165,9 @@ def routing(shape: Shape, T: int, dtype: torch.dtype, scoring: str, renormalize:
     rules = {"num_experts": shape.E, "scoring": scoring, "renormalize": renormalize, "null_ranges": nulls}
     limit = {"num_expert_group": groups, "topk_group": None if groups is None else max(groups // 2, 1)}
     _, ids = select_experts.select_experts(logits, shape.K, bias=empty(A), **rules, **limit)
-    select_experts_backward.grad_logits(empty(T, shape.K), logits, ids, scaling=1.0, **rules)
-    select_experts_backward.bfloat16_parts(logits, low=1, beside=True)
-    select_experts_backward.bfloat16_parts(weight, low=2, beside=False)
+    select_experts_backward.select_experts_backward(empty(T, shape.K), logits, ids, scaling=1.0, **rules)
+    router_logits_backward.bfloat16_parts(logits, low=1, beside=True)
+    router_logits_backward.bfloat16_parts(weight, low=2, beside=False)
 
 
 # Kernels with products, whose tiles fill the shared memory; of the others the largest and the smallest tile will do.

@@ -17,7 +17,7 @@ _ALIGN_BYTES = 16  # grouped_mm needs rows that start at multiples of this
 _MOST_EXPERTS = 1024  # that it takes on a GPU
 
 
-def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan, on any device; all int64."""
     M, K = topk_ids_MK.shape
     ids_N = topk_ids_MK.reshape(-1)

@@ -19,7 +19,7 @@ from .library import define, implement, rows_like, without_autocast
 # --- plan: rows sorted by expert ---
 
 define("plan(Tensor topk_ids, int num_experts, int num_slots) -> (Tensor, Tensor, Tensor)", vmap=False)
-implement("plan", "CompositeExplicitAutograd", grouped.plan)  # any device but the CPU
+implement("plan", "CompositeExplicitAutograd", grouped.make_plan)  # any device but the CPU
 
 
 def _plan_cpu(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:

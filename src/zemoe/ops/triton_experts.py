@@ -16,7 +16,7 @@ from .._compat import backward_keeps_graph
 from ..kernels.triton import tiles as tile_sizes
 from .library import define, flat, implements, no_second_derivative, pairs, with_rows, without_autocast
 
-MOST_EXPERTS = 1024  # what one program of prepare can hold
+MOST_EXPERTS = 1024  # what one program of plan_tiles can hold
 MOST_PAIRS = 2**31 - 2**20  # T * K: kernels count rows in int32, and look a block further than the last
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,21 +24,21 @@ rows_per_tile = tile_sizes.rows_per_tile
 training_rows_per_tile = tile_sizes.training_rows_per_tile
 
 
-# --- prepare: the plan and the affine coefficients ---
+# --- plan_tiles: the plan, its tiles of rows, and the affine coefficients ---
 
 define(
-    "prepare(Tensor weights, Tensor topk_ids, int num_experts, int num_slots, int block_m, int[] kinds, Tensor? scale, "
-    "Tensor? constant_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "plan_tiles(Tensor weights, Tensor topk_ids, int num_experts, int num_slots, int block_m, int[] kinds, "
+    "Tensor? scale, Tensor? constant_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     vmap=False,
 )
 
 
-@implements("prepare")
-def _prepare_cuda(
+@implements("plan_tiles")
+def _plan_tiles_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
     from ..kernels.triton.coefficients import CONSTANT
-    from ..kernels.triton.plan import prepare
+    from ..kernels.triton.plan_tiles import plan_tiles
 
     if topk_ids.numel() >= MOST_PAIRS:
         raise ValueError(f"topk_ids must have fewer than {MOST_PAIRS} entries, got {tuple(topk_ids.shape)}")
@@ -47,7 +47,7 @@ def _prepare_cuda(
     if constants and (constant_logits is None or tuple(constant_logits.shape) != needed):
         got = None if constant_logits is None else tuple(constant_logits.shape)
         raise ValueError(f"constant_logits must have shape {needed}, got {got}")
-    *made, beta = prepare(
+    *made, beta = plan_tiles(
         weights,
         topk_ids,
         num_experts=num_experts,
@@ -60,8 +60,8 @@ def _prepare_cuda(
     return (*made, weights.new_empty((len(weights), 0)) if beta is None else beta)
 
 
-@torch.library.register_fake("zemoe::prepare")
-def _prepare_fake(
+@torch.library.register_fake("zemoe::plan_tiles")
+def _plan_tiles_fake(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
     T, K = topk_ids.shape
@@ -74,7 +74,7 @@ def _prepare_fake(
     return (*integers, weights.new_empty(T), weights.new_empty((T, C)))
 
 
-def prepare(
+def plan_tiles(
     weights_TK: Tensor,
     topk_ids_TK: Tensor,
     *,
@@ -91,12 +91,12 @@ def prepare(
     one list for both products or one each: the number of tiles, then expert and first row of each. Integers are int32;
     beta is [T, 0] without constant experts.
     """
-    return torch.ops.zemoe.prepare(
+    return torch.ops.zemoe.plan_tiles(
         weights_TK, topk_ids_TK, num_experts, num_slots, block_m, flat(kinds), scale_S, constant_logits_TC2
     )
 
 
-# --- moe_ffn_tiles: x and weights to weighted sums, over the tiles of `prepare` ---
+# --- moe_ffn_tiles: x and weights to weighted sums, over the tiles of `plan_tiles` ---
 
 define(
     "moe_ffn_tiles(Tensor x, Tensor weights, Tensor row_token, Tensor slot_row, Tensor expert_offsets, Tensor tiles, "
@@ -109,11 +109,11 @@ define(
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
-    from ..kernels.triton.moe_ffn import moe_ffn
+    from ..kernels.triton.moe_ffn_tiles import moe_ffn_tiles
 
-    T, K = slot_row.shape
-    how = tile_sizes.schedule(block_m, T, K, w13, w2)
-    return moe_ffn(x, weights, row_token, slot_row, offsets, tiles, w13, w2, (alpha, beta, value), activation, how)
+    plan, affine = (row_token, slot_row, offsets, tiles), (alpha, beta, value)
+    schedule = tile_sizes.schedule(block_m, *slot_row.shape, w13, w2)
+    return moe_ffn_tiles(x, weights, *plan, w13, w2, affine, activation, schedule)
 
 
 @torch.library.register_fake("zemoe::moe_ffn_tiles")
@@ -135,7 +135,7 @@ def moe_ffn_tiles(
 ) -> Tensor:
     """zemoe.ops.experts.moe_ffn for bfloat16 and float16, without gradients.
 
-    plan: the first four of what `prepare` made with the same block_m.
+    plan: the first four of what `plan_tiles` made with the same block_m.
     """
     return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation)
 
@@ -164,16 +164,16 @@ def _moe_ffn_tiles_train_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
     activation, save_preact,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from ..kernels.triton.moe_ffn import moe_ffn
+    from ..kernels.triton.moe_ffn_tiles import moe_ffn_tiles
 
     T, K = slot_row.shape
-    how = tile_sizes.schedule(block_m, T, K, w13, w2)
+    schedule = tile_sizes.schedule(block_m, T, K, w13, w2)
     if save_preact:
-        how = replace(how, slices=tile_sizes.training_slices(T * K, x.shape[1]))
+        schedule = replace(schedule, slices=tile_sizes.training_slices(T * K, x.shape[1]))
     preact = x.new_empty((len(row_token) if save_preact else 0, w13.shape[1]))
     saved = preact if save_preact else None
     plan, affine = (row_token, slot_row, offsets, tiles), (alpha, beta, value)
-    return moe_ffn(x, weights, *plan, w13, w2, affine, activation, how, saved), preact
+    return moe_ffn_tiles(x, weights, *plan, w13, w2, affine, activation, schedule, saved), preact
 
 
 @torch.library.register_fake("zemoe::moe_ffn_tiles_train")
@@ -188,13 +188,13 @@ def _gradients(
     grad, x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, preact, activation,
     needs, main_w13=None, main_w2=None, overwrite=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    from ..kernels.triton.moe_ffn_backward import moe_ffn_backward
+    from ..kernels.triton.moe_ffn_tiles_backward import moe_ffn_tiles_backward
 
     plan = row_token, slot_row, offsets, tiles[-1]
-    how = tile_sizes.backward_schedule(block_m, w13, w2)
+    schedule = tile_sizes.backward_schedule(block_m, w13, w2)
     grad = with_rows(grad)
-    found = moe_ffn_backward(
-        grad, with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), how,
+    found = moe_ffn_tiles_backward(
+        grad, with_rows(x), weights, *plan, w13, w2, alpha, preact, activation, tuple(needs[:5]), schedule,
         (main_w13, main_w2), overwrite=overwrite,
     )  # fmt: skip
     dbeta = dvalue = None

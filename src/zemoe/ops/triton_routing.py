@@ -45,7 +45,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 @implements("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
-    from ..kernels.triton.select_experts_backward import bfloat16_parts
+    from ..kernels.triton.router_logits_backward import bfloat16_parts
 
     R = weight.shape[0]
     grad_T3R = bfloat16_parts(with_rows(grad), low=1, beside=True)
@@ -142,9 +142,9 @@ define(
 
 @implements("select_experts_backward")
 def _select_experts_backward_cuda(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
-    from ..kernels.triton.select_experts_backward import grad_logits
+    from ..kernels.triton.select_experts_backward import select_experts_backward
 
-    return grad_logits(
+    return select_experts_backward(
         grad.contiguous(),
         logits,
         ids,

@@ -27,9 +27,9 @@ from helpers.triton_training import (  # noqa: F401
 from zemoe.kernels.triton import tiles
 from zemoe.kernels.triton.combine import grad_tokens
 from zemoe.kernels.triton.grad_weight import grad_weight
-from zemoe.kernels.triton.moe_ffn import gate_up, moe_ffn
-from zemoe.kernels.triton.moe_ffn_backward import grad_preact, grad_rows, moe_ffn_backward, row_weights
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import gate_up, moe_ffn_tiles
+from zemoe.kernels.triton.moe_ffn_tiles_backward import grad_preact, grad_rows, moe_ffn_tiles_backward, row_weights
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.tiles import Product
 
 pytestmark = [
@@ -46,7 +46,7 @@ ROUNDINGS = 4 * torch.finfo(DTYPE).eps
 
 def operator_arguments(case: Case, device: str, block_m: int = 16) -> list:
     inputs = on(device, case.inputs(DTYPE))
-    plan = prepare(
+    plan = plan_tiles(
         inputs.weights_TK, inputs.ids_TK, num_experts=case.E, num_slots=case.A, block_m=block_m, kinds=()
     )[:4]  # fmt: skip
     generator = torch.Generator().manual_seed(1)
@@ -135,7 +135,7 @@ def test_inside_fences(shape: str, device: str, monkeypatch: pytest.MonkeyPatch)
     def launch(fence: Fence) -> list[Tensor | None]:
         x, w13, w2, weights = (fence.around(inputs[i], gap=8 * (i == 0)) for i in range(4))
         dout, alpha_T = fence.around(upstream(case, "cpu"), gap=16), fence.around(alpha)
-        made = prepare(
+        made = plan_tiles(
             weights, fence.around(inputs.ids_TK), num_experts=case.E, num_slots=case.A, block_m=block_m, kinds=()
         )
         row_token, slot_row, offsets, tile_lists = made[:4]
@@ -168,12 +168,12 @@ def test_inside_fences(shape: str, device: str, monkeypatch: pytest.MonkeyPatch)
             rows, slot_row, partial, dout, x, alpha_T, back.block_h, want_x=True, want_alpha=True
         )  # fmt: skip
         fence.check("grad_tokens", *last)
-        at_once = moe_ffn_backward(
+        at_once = moe_ffn_tiles_backward(
             dout, x, weights, row_token, slot_row, offsets, tile_lists[-1], w13, w2, alpha_T, preact, "silu",
             (True,) * 5, back, overwrite=True,
         )  # fmt: skip
-        fence.check("moe_ffn_backward", *(grad for grad in at_once if grad is not None))
-        untouched("moe_ffn_backward", preact)
+        fence.check("moe_ffn_tiles_backward", *(grad for grad in at_once if grad is not None))
+        untouched("moe_ffn_tiles_backward", preact)
         for one, other in zip(at_once, (last[0], last[1], dw13, dw2, last[2]), strict=True):
             assert_bitwise(one.cpu(), other.cpu())
         assert_bitwise(preact[:used].cpu(), dpreact[:used].cpu())
@@ -215,7 +215,7 @@ def test_forward_is_the_same_with_what_it_saves(tma: bool, slices: int, device: 
     preact = x.new_full((len(plan[0]), 2 * case.I), NAN)
     x[3, 5], plan[1][3] = NAN, -1  # seen in every slice, and without a row's help
     outs = [
-        moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, saved)
+        moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, saved)
         for how, saved in ((replace(forward, slices=slices), preact), (forward, None))
     ]
     assert outs[0][3].isnan().all() and outs[0][4:].isfinite().all()

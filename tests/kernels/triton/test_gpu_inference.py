@@ -90,9 +90,9 @@ def test_operators_are_what_they_say(T: int) -> None:
         ([0, 1, 1, 3], None, None),
         ([3, 2, 2, 1, 1, 1], normal(1), normal(T, 2, 2)),
     ):
-        prepare = (weights, ids, E, 10, 1 if T == 1 else 16, kinds, scale, logits)
-        torch.library.opcheck(OPS.prepare.default, prepare)
-        *plan, alpha, beta = OPS.prepare(*prepare)
+        arguments = (weights, ids, E, 10, 1 if T == 1 else 16, kinds, scale, logits)
+        torch.library.opcheck(OPS.plan_tiles.default, arguments)
+        *plan, alpha, beta = OPS.plan_tiles(*arguments)
         affine = (alpha, None, None) if logits is None else (alpha, beta, normal(2, H))
         torch.library.opcheck(
             OPS.moe_ffn_tiles.default, (x, weights, *plan, 1 if T == 1 else 16, w13, w2, *affine, "silu")

@@ -22,8 +22,8 @@ from helpers.fences import NAN, POISONS, Fence, bits, on_the_last, same_in_both,
 from zemoe.affine import AffineParams, kernel_kinds
 from zemoe.config import expand_kinds
 from zemoe.kernels.triton.combine import combine
-from zemoe.kernels.triton.moe_ffn import down, gate_up, moe_ffn, one_token
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import down, gate_up, moe_ffn_tiles, one_token
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.router_logits import Way, router_logits
 from zemoe.kernels.triton.select_experts import select_experts
 from zemoe.kernels.triton.tiles import schedule
@@ -82,14 +82,14 @@ SHAPES = [
 
 
 def plan_of(shape: Shape, inputs: Inputs, fence: Fence, **ways: int) -> list[Tensor | None]:
-    """What `prepare` makes of the routing, and the constants' values."""
+    """What `plan_tiles` makes of the routing, and the constants' values."""
     case, affine = shape.case, inputs.affine or AffineParams()
     constant_logits = None
     if affine.constant_router is not None:
         constant_logits = (inputs.x_TH.nan_to_num().float() @ affine.constant_router.flatten(0, 1).T).unflatten(
             1, (-1, 2)
         )
-    made = prepare(
+    made = plan_tiles(
         fence.around(inputs.weights_TK),
         fence.around(inputs.ids_TK),
         num_experts=case.E,
@@ -100,12 +100,12 @@ def plan_of(shape: Shape, inputs: Inputs, fence: Fence, **ways: int) -> list[Ten
         constant_logits_TC2=fence.around(constant_logits),
         **ways,
     )
-    fence.check("prepare", *made)
+    fence.check("plan_tiles", *made)
     return [*made, fence.around(affine.constant_value)]
 
 
 def layer(shape: Shape, inputs: Inputs, at_once: bool = False) -> Callable[[Fence], list[Tensor | None]]:
-    """Every launcher of a layer in turn, checked after each; at_once: then as moe_ffn calls them, too."""
+    """Every launcher of a layer in turn, checked after each; at_once: then as moe_ffn_tiles calls them, too."""
     case = shape.case
 
     def run(fence: Fence) -> list[Tensor | None]:
@@ -114,8 +114,8 @@ def layer(shape: Shape, inputs: Inputs, at_once: bool = False) -> Callable[[Fenc
         how = schedule(shape.block_m, shape.tokens or case.T, case.K, w13, w2)
 
         def whole() -> Tensor:
-            out = moe_ffn(x, weights, row_token, slot_row, offsets, tiles, w13, w2, tuple(affine), "silu", how)
-            fence.check("moe_ffn", out)
+            out = moe_ffn_tiles(x, weights, row_token, slot_row, offsets, tiles, w13, w2, tuple(affine), "silu", how)
+            fence.check("moe_ffn_tiles", out)
             return out
 
         if not (case.T and case.K and w13.numel()):

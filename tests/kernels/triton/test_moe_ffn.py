@@ -1,4 +1,4 @@
-"""The Triton products and the sum, against the reference; over plans made by `prepare`.
+"""The Triton products and the sum, against the reference; over plans made by `plan_tiles`.
 
 float16 without a GPU: Triton 3.6's interpreter multiplies the bits of bfloat16 numbers, not their values.
 """
@@ -15,8 +15,8 @@ from helpers.judge import BY_NAME, CASES, Case, assert_bitwise, judge, rejects
 pytest.importorskip("triton")
 from zemoe.affine import kernel_kinds
 from zemoe.config import expand_kinds
-from zemoe.kernels.triton.moe_ffn import moe_ffn
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.moe_ffn_tiles import moe_ffn_tiles
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.tiles import Product, Schedule
 
 pytestmark = pytest.mark.triton
@@ -40,7 +40,7 @@ def run(case: Case, inputs, how: Schedule, device: str, activation: str = "silu"
     x, w13, w2, weights, ids = (tensor.to(device) for tensor in inputs[:5])
     params = [None if p is None else p.to(device) for p in inputs.affine or (None, None, None)]
     constant_logits = None if params[0] is None else (x.float() @ params[0].flatten(0, 1).T).unflatten(1, (-1, 2))
-    *plan, alpha, beta = prepare(
+    *plan, alpha, beta = plan_tiles(
         weights,
         ids,
         num_experts=case.E,
@@ -50,7 +50,7 @@ def run(case: Case, inputs, how: Schedule, device: str, activation: str = "silu"
         scale_S=params[2],
         constant_logits_TC2=constant_logits,
     )
-    return moe_ffn(x, weights, *plan, w13, w2, (alpha, beta, params[1]), activation, how).cpu()
+    return moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, params[1]), activation, how).cpu()
 
 
 def check(case: Case, dtype: torch.dtype, how: Schedule, device: str, activation: str = "silu") -> None:
@@ -117,7 +117,7 @@ def test_everything_strided(how: Schedule, device: str) -> None:
     x, w13, w2, weights, ids = (tensor.to(device) for tensor in inputs[:5])
     generator = torch.Generator().manual_seed(0)
     alpha, beta, value = (torch.randn(*size, generator=generator).to(device) for size in ((T,), (T, 3), (3, case.H)))
-    plan = prepare(
+    plan = plan_tiles(
         weights, ids, num_experts=case.E, num_slots=case.A, block_m=how.block_m, kinds=(), scale_S=None,
         constant_logits_TC2=None,
     )[:4]  # fmt: skip
@@ -128,7 +128,7 @@ def test_everything_strided(how: Schedule, device: str) -> None:
         return memory[..., ::2]
 
     def out(x, weights, w13, w2, *affine) -> torch.Tensor:
-        return moe_ffn(x, weights, *plan, w13, w2, affine, "silu", how)
+        return moe_ffn_tiles(x, weights, *plan, w13, w2, affine, "silu", how)
 
     given = [x, weights, w13, w2, alpha, beta, value]
     assert_bitwise(out(*map(apart, given)), out(*given))

@@ -8,7 +8,7 @@ import torch
 from helpers.judge import CASES, Case, assert_bitwise
 from zemoe.affine import AffineParams, affine_coefficients
 from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
-from zemoe.kernels.triton.plan import prepare
+from zemoe.kernels.triton.plan_tiles import plan_tiles
 from zemoe.kernels.triton.tiles import max_tiles
 from zemoe.plan import make_plan
 
@@ -40,12 +40,12 @@ def expected_tiles(offsets: list[int], block_m: int, most: int) -> list[list[int
 
 
 def check(ids, E, device, way, *, kinds=(), block_m=16, weights=None, num_slots=-1, scale=None, logits=None):
-    """Everything that `prepare` returns is what the host computes. Returns (alpha, beta)."""
+    """Everything that `plan_tiles` returns is what the host computes. Returns (alpha, beta)."""
     T, K = ids.shape
     if weights is None:
         weights = torch.randn(T, K, generator=torch.Generator().manual_seed(1))
     there = [None if tensor is None else tensor.to(device) for tensor in (weights, ids, scale, logits)]
-    row_token, slot_row, offsets, tiles, alpha, beta = prepare(
+    row_token, slot_row, offsets, tiles, alpha, beta = plan_tiles(
         *there[:2],
         num_experts=E,
         num_slots=num_slots,
@@ -190,8 +190,8 @@ def test_a_part_of_something_larger(way, device):
     weights = torch.full((10, 4), float("nan"), device=device)
     weights[3:7] = 1.0
     kinds = ((IDENTITY, 4),)
-    outputs = prepare(weights[3:7], ids[3:7], num_experts=5, num_slots=9, block_m=2, kinds=kinds, **WAYS[way])
-    alone = prepare(
+    outputs = plan_tiles(weights[3:7], ids[3:7], num_experts=5, num_slots=9, block_m=2, kinds=kinds, **WAYS[way])
+    alone = plan_tiles(
         weights[3:7].clone(), ids[3:7].clone(), num_experts=5, num_slots=9, block_m=2, kinds=kinds, **WAYS[way]
     )
     for left, right in zip(outputs[:5], alone[:5], strict=True):
@@ -213,7 +213,7 @@ def test_writes_nothing_beside_its_results(way, device, monkeypatch):
     ids = random_ids(11, 7, 40, low=-9)
     ids[5] = 2**40 + torch.arange(7)
     weights = torch.rand(11, 7)
-    prepare(weights.to(device), ids.to(device), num_experts=17, num_slots=-1, block_m=4, kinds=(), **WAYS[way])
+    plan_tiles(weights.to(device), ids.to(device), num_experts=17, num_slots=-1, block_m=4, kinds=(), **WAYS[way])
     monkeypatch.undo()
     assert len(made) >= 5
     for memory, rows in made:
@@ -237,4 +237,4 @@ def test_no_tokens(way, device):
 def test_more_kinds_than_slots(device):
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="kinds"):
-        prepare(ids.float(), ids, num_experts=3, num_slots=5, block_m=16, kinds=((IDENTITY, 3),))
+        plan_tiles(ids.float(), ids, num_experts=3, num_slots=5, block_m=16, kinds=((IDENTITY, 3),))

@@ -15,7 +15,8 @@ from zemoe.routing import router_logits
 
 pytest.importorskip("triton")
 from helpers.fences import Fence, same_in_both
-from zemoe.kernels.triton.select_experts_backward import bfloat16_parts, grad_logits
+from zemoe.kernels.triton.router_logits_backward import bfloat16_parts
+from zemoe.kernels.triton.select_experts_backward import select_experts_backward
 from zemoe.ops import triton_routing
 
 pytestmark = [
@@ -167,7 +168,7 @@ def test_inside_fences(T: int, slots: int, k: int, renormalize: str, device: str
     ids.view(-1)[: len(wild)] = wild[: ids.numel()]
 
     def run(fence: Fence) -> list[Tensor | None]:
-        made = grad_logits(
+        made = select_experts_backward(
             fence.around(grad),
             fence.around(logits, gap=3),
             fence.around(ids),
@@ -177,7 +178,7 @@ def test_inside_fences(T: int, slots: int, k: int, renormalize: str, device: str
             scaling=2.0,
             null_ranges=((slots // 2, slots // 2 + 1),),
         )
-        fence.check("grad_logits", made)
+        fence.check("select_experts_backward", made)
         return [made]
 
     (made,) = same_in_both(run, device)

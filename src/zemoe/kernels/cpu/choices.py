@@ -37,7 +37,7 @@ def sort_choices(ids, num_slots, choice, offsets):
 
 
 @compiled()
-def prepare(x, weights, ids, identities, num_slots, offsets, y):
+def plan_and_set_identities(x, weights, ids, identities, num_slots, offsets, y):
     """(what sort_choices returns, token [N], weight [N]) of the N choices of experts; offsets [E + 1] as sort_choices.
 
     Makes y the identities' terms, which are the slots from E on; NaN for a token with a NaN, which is lost as a whole.

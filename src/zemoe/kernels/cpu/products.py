@@ -113,14 +113,14 @@ def add_few(
     num_slots: int,
 ) -> int:
     """A layer of identities and silu into y, float32, without any operator; returns an id out of range or -1."""
-    from .choices import prepare
+    from .choices import plan_and_set_identities
     from .compiled import array
     from .loops import group_rows, lanes_of, multiply, silu_panels
 
     x, y, ids, weights = (array(tensor) for tensor in (x_TH, y_TH, ids_TK, weights_TK))
     expert_offsets = torch.empty(len(w13) + 1, dtype=torch.int64)
     offsets = array(expert_offsets)
-    wrong, token, weight = prepare(x, weights, ids, identities, num_slots, offsets, y)
+    wrong, token, weight = plan_and_set_identities(x, weights, ids, identities, num_slots, offsets, y)
     groups = group_rows(offsets, len(weight))
     if len(groups):
         both = torch.empty((2, w2.shape[2] * lanes_of(groups)), dtype=torch.float32)

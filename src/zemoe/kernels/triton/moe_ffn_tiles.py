@@ -402,7 +402,7 @@ def one_token(
     return out_TH
 
 
-def moe_ffn(
+def moe_ffn_tiles(
     x_TH: Tensor,
     weights_TK: Tensor,
     row_token_N: Tensor,

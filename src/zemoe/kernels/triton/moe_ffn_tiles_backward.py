@@ -21,7 +21,7 @@ from torch import Tensor
 from .combine import grad_tokens
 from .grad_weight import grad_weight
 from .launch import begin, launch_options
-from .moe_ffn import descriptor, gather, rows_of, tokens_of
+from .moe_ffn_tiles import descriptor, gather, rows_of, tokens_of
 from .tiles import Backward, Product, cdiv, max_tiles
 
 _SCATTERED = 1024  # choices of a program
@@ -296,7 +296,7 @@ def grad_rows(
     return out_NH
 
 
-def moe_ffn_backward(
+def moe_ffn_tiles_backward(
     dout_TH: Tensor,
     x_TH: Tensor,
     weights_TK: Tensor,

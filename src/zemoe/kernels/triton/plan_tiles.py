@@ -260,7 +260,7 @@ def _place_blocks(
             c = following
 
 
-def prepare(
+def plan_tiles(
     topk_weights_TK: Tensor,
     topk_ids_TK: Tensor,
     *,
