@@ -23,7 +23,7 @@ from zemoe.kernels.triton.coefficients import CONSTANT, IDENTITY, SCALED, ZERO
 from zemoe.kernels.triton.moe_ffn_tiles import moe_ffn_tiles
 from zemoe.kernels.triton.moe_ffn_tiles_backward import moe_ffn_tiles_backward
 from zemoe.kernels.triton.plan_tiles import plan_tiles
-from zemoe.kernels.triton.router_logits import Way, router_logits
+from zemoe.kernels.triton.router_logits import RouterSchedule, router_logits
 from zemoe.kernels.triton.router_logits_backward import bfloat16_parts
 from zemoe.kernels.triton.select_experts import select_experts
 from zemoe.kernels.triton.select_experts_backward import select_experts_backward
@@ -71,7 +71,7 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
     w13 = normal(E * 2 * I * H + shift, dtype=torch.bfloat16)[shift:].view(E, 2 * I, H)
     w2 = normal(E * H * I + shift, dtype=torch.bfloat16)[shift:].view(E, H, I)
     weights, value, dout = normal(T, K), normal(1, H), normal(T, H, dtype=torch.bfloat16)
-    how, back = schedule(block_m, 10**6 if many else T, K, w13, w2), backward_schedule(block_m, w13, w2)
+    forward, back = schedule(block_m, 10**6 if many else T, K, w13, w2), backward_schedule(block_m, w13, w2)
     for edge, ids in edges(T, K):
         for most_compared in (0, 10**9):
             *plan, alpha, beta = plan_tiles(
@@ -86,11 +86,11 @@ def experts(what: str, T: int, H: int, I: int, block_m: int, K: int = K, *, many
                 most_compared=most_compared,
                 part=8,
             )
-        out = moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how)
+        out = moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", forward)
         check(out, {T - 1})
         for into in ((None, None), (torch.zeros_like(w13, dtype=torch.float32), torch.zeros_like(w2))):
             preact = x.new_empty(T * K, 2 * I)
-            moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", how, preact)
+            moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, beta, value), "silu", forward, preact)
             dx, dweights, *_ = moe_ffn_tiles_backward(
                 dout, x, weights, *plan[:3], plan[3][-1], w13, w2, alpha, preact, "silu", (True,) * 5, back, into,
                 overwrite=into[0] is None,
@@ -119,7 +119,7 @@ def routing(A: int, K: int, **rules) -> None:
     print(f"routing: A={A} K={K}, NaN, inf and -inf, {', '.join(rules) or 'plain'}")
 
 
-def router(way: Way, T: int, R: int, H: int) -> None:
+def router(way: RouterSchedule, T: int, R: int, H: int) -> None:
     x = normal(T, H, dtype=torch.bfloat16)
     x[0, 0] = NAN
     logits = router_logits(x, normal(R, H), way)
@@ -132,19 +132,19 @@ def one_token() -> None:
     """Odd H and I, by a path of its own; without a NaN, for there is no other token."""
     H, I = 37, 19
     x, w13, w2 = (normal(*shape, dtype=torch.bfloat16) for shape in ((1, H), (E, 2 * I, H), (E, H, I)))
-    weights, how = normal(1, K), schedule(1, 1, K, w13, w2)
+    weights, forward = normal(1, K), schedule(1, 1, K, w13, w2)
     for edge, ids in edges(1, K):
         *plan, alpha, _ = plan_tiles(weights, ids.cuda(), num_experts=E, num_slots=A, block_m=1, kinds=((IDENTITY, Z),))
-        check(moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, None, None), "silu", how), set())
+        check(moe_ffn_tiles(x, weights, *plan, w13, w2, (alpha, None, None), "silu", forward), set())
         print(f"experts: one token, H={H} I={I} K={K}: {edge}")
 
 
 def main() -> None:
     start = time.perf_counter()
     steps: list[Callable[[], None]] = [
-        lambda: router(Way("one", 4, 2, 32, 1, 4, 1), 3, 5, 37),
-        lambda: router(Way("direct", 16, 64, 64, 2, 4, 4), 17, 70, 137),
-        lambda: router(Way("split", 64, 128, 64, 2, 4, 3), 67, 130, 136),
+        lambda: router(RouterSchedule("one", 4, 2, 32, 1, 4, 1), 3, 5, 37),
+        lambda: router(RouterSchedule("direct", 16, 64, 64, 2, 4, 4), 17, 70, 137),
+        lambda: router(RouterSchedule("split", 64, 128, 64, 2, 4, 3), 67, 130, 136),
         lambda: routing(9, 9),
         lambda: routing(300, 12, bias=normal(200), renormalize="all"),
         lambda: routing(24, 4, bias=normal(24), num_expert_group=3, topk_group=2, scoring="sigmoid"),

@@ -40,17 +40,17 @@ SIZES = {
 }
 
 
-def variants(product: str, block_m: int) -> list[Product]:
+def variants(launch: str, block_m: int) -> list[Product]:
     """By pointers and by descriptors, and for 128 rows persistent too."""
     found = [
         Product(block_m, *size, tma) for size in SIZES[block_m] for tma in ((True,) if block_m > 64 else (True, False))
     ]
     if block_m >= 128:
-        flat = product == "down"
+        flat = launch == "down"
         found += [Product(block_m, *size, True, PROCESSORS, flat) for size in SIZES[block_m]]
-    if product == "down" and block_m > 128:
+    if launch == "down" and block_m > 128:
         return []
-    return [how for how in found if product == "down" or how.block_n <= 128]
+    return [product for product in found if launch == "down" or product.block_n <= 128]
 
 
 def shapes(case: str) -> dict:
@@ -58,15 +58,15 @@ def shapes(case: str) -> dict:
 
 
 def variants_of(case: str, tokens: int) -> list[tuple[str, Product]]:
-    """(product, how) with the rows a tile that the schedule takes, half and twice as many."""
+    """(launch, product) with the rows a tile that the schedule takes, half and twice as many."""
     shape = shapes(case)
     block_m = rows_per_tile(tokens, shape["top_k"], shape["num_experts"] + shape["num_zero_experts"])
     sizes = [size for size in SIZES if block_m // 2 <= size <= 2 * block_m]
-    return [(product, how) for product in ("gate_up", "down") for size in sizes for how in variants(product, size)]
+    return [(launch, product) for launch in ("gate_up", "down") for size in sizes for product in variants(launch, size)]
 
 
 class Layer:
-    """Weights of a case, or of its first experts alone, and what one product needs."""
+    """Weights of a case, or of its first experts alone, and what one launch needs."""
 
     def __init__(self, case: str, tokens: int, experts: int | None = None) -> None:
         shape = shapes(case)
@@ -85,20 +85,20 @@ class Layer:
         rules = {"num_experts": self.E, "num_slots": self.A, "block_m": block_m, "kinds": kinds}
         return [plan_tiles(torch.ones(ids.shape, device="cuda"), ids, **rules) for ids in self.ids]
 
-    def run(self, product: str, plan: tuple[torch.Tensor, ...], how: Product, inner: torch.Tensor | None):
+    def run(self, launch: str, plan: tuple[torch.Tensor, ...], product: Product, inner: torch.Tensor | None):
         row_token, _, offsets, tiles, *_ = plan
-        if product == "gate_up":
-            return gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", how)
-        return down(inner, offsets, tiles[-1], self.w2, how, len(self.x))
+        if launch == "gate_up":
+            return gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", product)
+        return down(inner, offsets, tiles[-1], self.w2, product, len(self.x))
 
 
 def compile_one(job: tuple[str, str, Product]) -> str:
     """Compile by running on one expert; what is wrong with the variant, or nothing."""
-    case, product, how = job
+    case, launch, product = job
     layer = Layer(case, 16, experts=1)
     inner = torch.randn(16, layer.I, device="cuda", dtype=torch.bfloat16)
     try:
-        layer.run(product, layer.plans(how.block_m)[0], how, inner)
+        layer.run(launch, layer.plans(product.block_m)[0], product, inner)
     except triton.runtime.errors.OutOfResources as error:
         return str(error)
     return ""
@@ -131,19 +131,19 @@ def measure(case: str, tokens: int, broken: set) -> list[dict]:
     real = int(plans[16][0][2][-1])
     inner = layer.run("gate_up", plans[block_m][0], taken.gate_up, None)
     judges = {"gate_up": inner, "down": layer.run("down", plans[taken.down.block_m][0], taken.down, inner)}
-    for product, how in variants_of(case, tokens):
-        if (case, product, how) in broken:
+    for launch, product in variants_of(case, tokens):
+        if (case, launch, product) in broken:
             continue
-        out = layer.run(product, plans[how.block_m][0], how, inner)
-        wanted = judges[product][:real].float()
+        out = layer.run(launch, plans[product.block_m][0], product, inner)
+        wanted = judges[launch][:real].float()
         error = ((out[:real].float() - wanted).norm() / wanted.norm()).item()
-        assert error < 1e-2, f"{product} {how} is wrong by {error}"
-        ms = replay_ms([partial(layer.run, product, plan, how, inner) for plan in plans[how.block_m]])
-        flops = real * layer.H * layer.I * (4 if product == "gate_up" else 2)
+        assert error < 1e-2, f"{launch} {product} is wrong by {error}"
+        ms = replay_ms([partial(layer.run, launch, plan, product, inner) for plan in plans[product.block_m]])
+        flops = real * layer.H * layer.I * (4 if launch == "gate_up" else 2)
         rows.append(
-            {"case": case, "tokens": tokens, "product": product}
-            | dict(zip([field.name for field in fields(how)], astuple(how), strict=True))
-            | {"ms": round(ms, 5), "tflops": round(flops / ms / 1e9, 1), "chosen": how == getattr(taken, product)}
+            {"case": case, "tokens": tokens, "product": launch}
+            | dict(zip([field.name for field in fields(product)], astuple(product), strict=True))
+            | {"ms": round(ms, 5), "tflops": round(flops / ms / 1e9, 1), "chosen": product == getattr(taken, launch)}
         )
     return rows
 
@@ -162,11 +162,11 @@ def main() -> None:
     for case, tokens in layers:
         found = measure(case, tokens, broken)
         rows += found
-        for product in ("gate_up", "down"):
-            ordered = sorted((row for row in found if row["product"] == product), key=lambda row: row["ms"])
+        for launch in ("gate_up", "down"):
+            ordered = sorted((row for row in found if row["product"] == launch), key=lambda row: row["ms"])
             best, chosen = ordered[0], next((row for row in ordered if row["chosen"]), None)
             print(
-                f"{case} T = {tokens} {product}: best {best['ms']:.4f} ms", *list(best.values())[3:11], end="; chosen "
+                f"{case} T = {tokens} {launch}: best {best['ms']:.4f} ms", *list(best.values())[3:11], end="; chosen "
             )
             print(chosen and f"{chosen['ms']:.4f} ms")
     results_csv.write("tiles", rows, args)

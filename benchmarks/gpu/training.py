@@ -311,7 +311,7 @@ GRAD_WEIGHT = [
 ]  # fmt: skip
 GATE_UP = [(192, 128, 32, 8, 5, True), (128, 128, 64, 8, 4, True), (128, 128, 64, 8, 3, True)]
 
-Job = tuple[str, Product, int]  # which launch, how, columns that grad_preact turns into gradients at once
+Job = tuple[str, Product, int]  # which launch, its tiles, columns that grad_preact turns into gradients at once
 
 
 def jobs_of() -> list[Job]:
@@ -349,25 +349,25 @@ class Backward:
         self.inner = torch.randn(T * self.K, self.I, **make)
 
     def run(self, job: Job) -> Tensor:
-        name, how, at_once = job
+        name, product, at_once = job
         if name == "preact":
             out = torch.empty_like(self.preact)
             plan = self.offsets, self.tiles[0], self.w2
             grad_preact(
-                self.dout, self.row_token, self.row_weight, *plan, self.preact, out, "silu", how, want_inner=True,
-                at_once=at_once,
+                self.dout, self.row_token, self.row_weight, *plan, self.preact, out, "silu", product, want_inner=True,
+                columns_at_once=at_once,
             )  # fmt: skip
             return out
         if name == "rows":
-            return grad_rows(self.dpreact, self.offsets, self.tiles[0], self.w13, how, len(self.x))
+            return grad_rows(self.dpreact, self.offsets, self.tiles[0], self.w13, product, len(self.x))
         if name == "gate_up":
-            row_token, _, offsets, tiles, *_ = self.plans[how.block_m]
+            row_token, _, offsets, tiles, *_ = self.plans[product.block_m]
             out = torch.empty_like(self.preact)
-            gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", how, out)
+            gate_up(self.x, row_token, offsets, tiles[0], self.w13, "silu", product, out)
             return out
         left = name == "w2"
         rows, tokens = (self.inner, self.dout) if left else (self.dpreact, self.x)
-        return grad_weight(rows, tokens, self.row_token, self.offsets, how, tokens_first=left)
+        return grad_weight(rows, tokens, self.row_token, self.offsets, product, tokens_first=left)
 
 
 def compile_one(job: tuple[str, Job | int | None]) -> str:
@@ -403,25 +403,25 @@ def measure_tiles(layers: list[tuple[str, int]], broken: set) -> list[dict]:
         taken = {"preact": (back.preact, 32), "rows": (back.rows, 0), "w13": (back.weight, 0), "w2": (back.weight, 0)}
         taken["gate_up"] = forward.gate_up, 0
         judges: dict[str, Tensor] = {}
-        for name, (how, at_once) in taken.items():
-            out = layer.run((name, how, at_once))
+        for name, (product, at_once) in taken.items():
+            out = layer.run((name, product, at_once))
             judges[name] = (out if name in ("w13", "w2") else out[:real]).float()
         found: dict[str, list[dict]] = {name: [] for name in taken}
         for job in jobs_of():
-            name, how, at_once = job
+            name, product, at_once = job
             if (case, job) in broken:
                 continue
             out = layer.run(job)
             wanted = judges[name]
             error = (((out if name in ("w13", "w2") else out[:real]).float() - wanted).norm() / wanted.norm()).item()
-            assert error < 1e-2, f"{name} {how} is wrong by {error}"
+            assert error < 1e-2, f"{name} {product} is wrong by {error}"
             del out
             ms = replay_ms([partial(layer.run, job)])
             flops = real * layer.H * layer.I * (2 if name in ("preact", "w2") else 4)
             row = {"case": case, "tokens": T, "product": name}
-            row |= dict(zip([field.name for field in fields(how)], astuple(how), strict=True))
+            row |= dict(zip([field.name for field in fields(product)], astuple(product), strict=True))
             row |= {"at_once": at_once, "ms": round(ms, 4), "tflops": round(flops / ms / 1e9, 1)}
-            found[name].append(row | {"chosen": (how, at_once) == taken[name]})
+            found[name].append(row | {"chosen": (product, at_once) == taken[name]})
         for name, times in found.items():
             times.sort(key=lambda row: row["ms"])
             print(f"{case} T = {T} {name}:", flush=True)

@@ -20,13 +20,13 @@ from helpers.judge import Case, judge
 pytest.importorskip("triton")
 from zemoe import AffineParams, experts, fused_experts
 from zemoe.kernels.triton import tiles
-from zemoe.kernels.triton.tiles import Backward, Product, Schedule
+from zemoe.kernels.triton.tiles import BackwardSchedule, Product, Schedule
 from zemoe.ops import triton_experts
 
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
 
-def small(block_m: int, tma: bool, size: int = 16) -> tuple[Schedule, Backward]:
+def small(block_m: int, tma: bool, size: int = 16) -> tuple[Schedule, BackwardSchedule]:
     """Tiles of which a Case takes several in each direction, and few fit."""
     m = min(block_m, 128)
 
@@ -35,7 +35,7 @@ def small(block_m: int, tma: bool, size: int = 16) -> tuple[Schedule, Backward]:
 
     forward = Schedule(block_m, product(block_m, size, 2 * size), product(m, 2 * size, size, persistent=True), 64)
     weight = Product(size, 2 * size, 16, 4, 2, False)
-    back = Backward(product(m, 2 * size, size), weight, product(m, size, 2 * size, persistent=True), 2 * size)
+    back = BackwardSchedule(product(m, 2 * size, size), weight, product(m, size, 2 * size, persistent=True), 2 * size)
     return forward, back
 
 

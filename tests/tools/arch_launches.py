@@ -76,7 +76,7 @@ SHAPES = (
     Shape(20, 12, 3, 7, 1),
     Shape(16384, 8, 1024, 0, 32),
 )
-# Of each branch of rows_per_tile, schedule and choose_way at least one, whatever the slots.
+# Of each branch of rows_per_tile, schedule and router_schedule at least one, whatever the slots.
 TOKENS = (1, 2, 3, 5, 8, 16, 40, 64, 100, 128, 300, 512, 1000, 1024, 1500, 2048, 4096, 6000, 8192, 16384, 40000, 65536)
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.triton import tiles
 from ..scores import weights_of
 from .library import define, flat, implements, pairs, with_rows, without_autocast
 
-MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
+MOST_SLOTS, MOST_CHOICES = tiles.MOST_SLOTS, tiles.MOST_CHOICES
 DTYPES = (torch.bfloat16, torch.float16)  # of the hidden states
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # what it knows
 

@@ -101,10 +101,10 @@ def test_another_makers_gpu_is_refused(monkeypatch) -> None:
 
 def test_the_router_has_narrower_tiles_where_products_work_in_tensor_memory() -> None:
     pytest.importorskip("triton")
-    from zemoe.kernels.triton.router_logits import choose_way
+    from zemoe.kernels.triton.router_logits import router_schedule
 
     for dtype in (torch.bfloat16, torch.float16):
-        wide, narrow = (choose_way(16384, 768, 6144, dtype, True, wide) for wide in (True, False))
+        wide, narrow = (router_schedule(16384, 768, 6144, dtype, True, wide) for wide in (True, False))
         assert (wide.path, wide.block_t, wide.block_r) == ("split", 128, 256)
         assert (narrow.path, narrow.block_t, narrow.block_r) == ("split", 64, 128)
 
@@ -120,8 +120,8 @@ part = {gpu.capability: gpu for gpu in check_arch.GPUS}
 few = functools.partial(check_arch.check, kernels=["_scatter_weights"])
 fits = few([part[8, 6]])
 less = few([replace(part[8, 6], shared_memory=8191)])
-wide = functools.partial(router_logits.choose_way, wide=True)
-with mock.patch.object(router_logits, "choose_way", lambda *args: wide(*args[:5])):
+wide = functools.partial(router_logits.router_schedule, wide=True)
+with mock.patch.object(router_logits, "router_schedule", lambda *args: wide(*args[:5])):
     columns = check_arch.check([part[10, 0]], kernels=["_split"])
 with mock.patch.object(gpus.Gpu, "takes_large_tiles", True):
     large = check_arch.check([part[12, 0]], kernels=["_grad_rows"])

@@ -24,7 +24,7 @@ from zemoe.config import expand_kinds
 from zemoe.kernels.triton.combine import combine
 from zemoe.kernels.triton.moe_ffn_tiles import down, gate_up, moe_ffn_tiles, one_token
 from zemoe.kernels.triton.plan_tiles import plan_tiles
-from zemoe.kernels.triton.router_logits import Way, router_logits
+from zemoe.kernels.triton.router_logits import RouterSchedule, router_logits
 from zemoe.kernels.triton.select_experts import select_experts
 from zemoe.kernels.triton.tiles import schedule
 
@@ -193,11 +193,11 @@ def test_lost_tokens(shape: Shape, device: str) -> None:
 # --- the router and its choice
 
 ROUTER_WAYS = {
-    "one": Way("one", 4, 2, 16, 1, 4, 1),
-    "direct": Way("direct", 16, 16, 16, 1, 4, 2),
-    "slices": Way("direct", 16, 64, 16, 3, 4, 2),
-    "split": Way("split", 32, 16, 16, 1, 4, 2),
-    "split_slices": Way("split", 32, 16, 16, 2, 4, 2),
+    "one": RouterSchedule("one", 4, 2, 16, 1, 4, 1),
+    "direct": RouterSchedule("direct", 16, 16, 16, 1, 4, 2),
+    "slices": RouterSchedule("direct", 16, 64, 16, 3, 4, 2),
+    "split": RouterSchedule("split", 32, 16, 16, 1, 4, 2),
+    "split_slices": RouterSchedule("split", 32, 16, 16, 2, 4, 2),
     "chosen": None,
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from zemoe.kernels.triton import router_logits as module
-from zemoe.kernels.triton.router_logits import Way, choose_way, router_logits
+from zemoe.kernels.triton.router_logits import RouterSchedule, router_logits, router_schedule
 
 pytestmark = [
     pytest.mark.triton,
@@ -19,10 +19,10 @@ pytestmark = [
 
 DTYPES = [torch.bfloat16, torch.float16]
 # Small tiles, so that the interpreter is quick and every loop and every edge of a tile is met.
-ONE = Way("one", 4, 2, 16, 1, 4, 1)
-DIRECT = Way("direct", 16, 16, 16, 1, 4, 2)
-SLICES = Way("direct", 16, 64, 16, 3, 4, 2)
-SPLIT = Way("split", 32, 16, 16, 1, 4, 2)
+ONE = RouterSchedule("one", 4, 2, 16, 1, 4, 1)
+DIRECT = RouterSchedule("direct", 16, 16, 16, 1, 4, 2)
+SLICES = RouterSchedule("direct", 16, 64, 16, 3, 4, 2)
+SPLIT = RouterSchedule("split", 32, 16, 16, 1, 4, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_large_x_costs_accuracy_only(device):
 @pytest.mark.parametrize(("R", "H"), [(768, 6144), (384, 3072), (96, 2048), (5, 37), (1, 1)])
 def test_every_shape_has_a_way(T, R, H):
     for dtype, aligned in product(DTYPES, (True, False)):
-        way = choose_way(T, R, H, dtype, aligned)
+        way = router_schedule(T, R, H, dtype, aligned)
         assert way.path in ("one", "direct", "split") and 1 <= way.slices <= max(1, H)
         assert way.path != "one" or (way.block_t >= T and way.slices == 1)
         assert way.path != "split" or aligned
@@ -196,7 +196,7 @@ def test_rows_that_overlap_take_no_descriptor(device, monkeypatch):
         asked.append(large_tiles)
         return DIRECT
 
-    monkeypatch.setattr(module, "choose_way", choose)
+    monkeypatch.setattr(module, "router_schedule", choose)
     monkeypatch.setattr(module, "gpu_of", lambda _: SimpleNamespace(takes_large_tiles=True, tensor_memory=False))
     x_TH, weight_RH = _inputs(1, 24, 32, torch.float16, device)
     together = router_logits(x_TH.expand(40, -1), weight_RH)

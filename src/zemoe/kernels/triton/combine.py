@@ -1,4 +1,4 @@
-"""The sum over each token's rows in the order of its choices, and the affine terms, in one pass; and its gradients.
+"""One pass that sums each token's rows in the order of its choices and adds the affine terms; and its gradients.
 
 T tokens, H hidden size, K choices, C constant experts, N row bound, B blocks of an expert's width.
 """
@@ -16,23 +16,23 @@ from .tiles import cdiv, next_power_of_2
 
 @triton.jit
 def affine_terms(x, alpha, beta, value, column_N, H: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr):
-    """alpha * x + beta @ value at the columns of one token, in float32; NaN throughout where any x is NaN.
+    """Return alpha * x + beta @ value at the columns of one token, in float32; NaN throughout where any x is NaN.
 
     x, alpha, beta: pointers to the token's row, coefficient and coefficients. WHOLE: the columns are all of H.
     """
     in_row = column_N < H
     x_N = tl.load(x + column_N, mask=in_row, other=0.0).to(tl.float32)
-    lost = tl.max((x_N != x_N).to(tl.int32), 0)
+    has_nan = tl.max((x_N != x_N).to(tl.int32), 0)
     if not WHOLE:
         for start in range(0, H, 1024):
             columns = start + tl.arange(0, 1024)
             x_C = tl.load(x + columns, mask=columns < H, other=0.0).to(tl.float32)
-            lost = tl.maximum(lost, tl.max((x_C != x_C).to(tl.int32), 0))
+            has_nan = tl.maximum(has_nan, tl.max((x_C != x_C).to(tl.int32), 0))
     y_N = tl.load(alpha) * x_N
     for constant in tl.static_range(C):
         value_N = tl.load(value + constant * H + column_N, mask=in_row, other=0.0).to(tl.float32)
         y_N += tl.load(beta + constant) * value_N
-    return tl.where(lost != 0, float("nan"), y_N)
+    return tl.where(has_nan != 0, float("nan"), y_N)
 
 
 @triton.jit
@@ -80,9 +80,9 @@ def combine(
     block_h: int,
     into: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """out_t = sum_k weight_tk rows[slot_row_tk] + alpha_t x_t + beta_t @ value, [T, H] in x's dtype.
+    """Return out_t = sum_k weight_tk rows[slot_row_tk] + alpha_t x_t + beta_t @ value, [T, H] in x's dtype.
 
-    into: out, and the first column of those that rows_NH holds.
+    into: (out, first column), where rows_NH holds some of the H columns only.
     """
     (T, H), width = x_TH.shape, rows_NH.shape[1]
     out_TH, first = into or (torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device), 0)
@@ -133,10 +133,12 @@ def _grad_tokens(
     BLOCK_H: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Of one token: the sum over its rows in the order of the choices and alpha * dout, <dout, x>, and all its ds.
+    """Make the gradients of one token: dx, dalpha = <dout, x>, and dweights from their partial sums.
 
-    `combine` turns a lost token's output into NaN by itself, as if alpha were NaN whatever it came from: so dx is NaN
-    there, and nothing reaches alpha.
+    dx is the sum over its rows, in the order of its choices, and alpha * dout.
+
+    `combine` makes the output of a token with a NaN in x NaN by itself, as if alpha were NaN whatever it came from: so
+    dx is NaN there, and the gradient of alpha is 0.
     """
     begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
@@ -149,19 +151,19 @@ def _grad_tokens(
         tl.store(dweights + token * K + k, tl.sum(partial_KB, 1), mask=k < K)
     if WANT_X or WANT_ALPHA:
         sum_N = tl.zeros([BLOCK_H], dtype=tl.float32)
-        lost_N = tl.zeros([BLOCK_H], dtype=tl.int32)
+        is_nan_N = tl.zeros([BLOCK_H], dtype=tl.int32)
         for start in range(0, H, BLOCK_H):
             column_N = start + tl.arange(0, BLOCK_H)
             in_row = column_N < H
             x_N = tl.load(x + token * stride_x + column_N, mask=in_row, other=0.0).to(tl.float32)
-            lost_N += (x_N != x_N).to(tl.int32)
+            is_nan_N += (x_N != x_N).to(tl.int32)
             if WANT_ALPHA:
                 sum_N += tl.load(dout + token * stride_dout + column_N, mask=in_row, other=0.0).to(tl.float32) * x_N
-        lost = tl.sum(lost_N, 0) > 0
+        has_nan = tl.sum(is_nan_N, 0) > 0
         if WANT_ALPHA:
-            tl.store(dalpha + token, tl.where(lost, 0.0, tl.sum(sum_N, 0)))
+            tl.store(dalpha + token, tl.where(has_nan, 0.0, tl.sum(sum_N, 0)))
         if WANT_X:
-            alpha_t = tl.where(lost, float("nan"), tl.load(alpha + token))
+            alpha_t = tl.where(has_nan, float("nan"), tl.load(alpha + token))
             for start in range(0, H, BLOCK_H):
                 column_N = start + tl.arange(0, BLOCK_H)
                 in_row = column_N < H
@@ -185,7 +187,10 @@ def grad_tokens(
     want_x: bool,
     want_alpha: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx [T, H], dweights [T, K], dalpha [T]), each None where it is not wanted: dweights without a partial_NB."""
+    """Return (dx [T, H], dweights [T, K], dalpha [T]), None for each that is not wanted.
+
+    dweights are wanted where there is a partial_NB.
+    """
     (T, H), K = x_TH.shape, slot_row_TK.shape[1]
     blocks = 0 if partial_NB is None else partial_NB.shape[1]
     dx_TH = torch.empty((T, H), dtype=x_TH.dtype, device=x_TH.device) if want_x else None

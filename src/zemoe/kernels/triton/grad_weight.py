@@ -15,7 +15,7 @@ from .tiles import Product, cdiv
 
 @triton.jit
 def _tokens_at(row_token, row_K, end):
-    """The tokens of the rows, 0 from row `end` on."""
+    """Return the tokens of the rows, 0 from row `end` on."""
     return tl.load(row_token + row_K, mask=row_K < end, other=0)
 
 
@@ -56,21 +56,21 @@ def _grad_weight(
     token_K = _tokens_at(row_token, start + tl.arange(0, BLOCK_K), end)
     for row in range(start, end, BLOCK_K):
         row_K = row + tl.arange(0, BLOCK_K)
-        at = row_K.to(tl.int64)[:, None] * O + o_O[None, :]
-        row_KO = tl.load(rows + at, mask=(row_K < end)[:, None] & (o_O < O)[None, :], other=0.0)
-        at = token_K.to(tl.int64)[:, None] * stride + j_J[None, :]
-        token_KJ = tl.load(tokens + at, mask=(row_K < end)[:, None] & (j_J < J)[None, :], other=0.0)
+        offset_KO = row_K.to(tl.int64)[:, None] * O + o_O[None, :]
+        row_KO = tl.load(rows + offset_KO, mask=(row_K < end)[:, None] & (o_O < O)[None, :], other=0.0)
+        offset_KJ = token_K.to(tl.int64)[:, None] * stride + j_J[None, :]
+        token_KJ = tl.load(tokens + offset_KJ, mask=(row_K < end)[:, None] & (j_J < J)[None, :], other=0.0)
         token_K = _tokens_at(row_token, row_K + BLOCK_K, end)
         acc = tl.dot(token_KJ.T, row_KO, acc)
     mask = (j_J < J)[:, None] & (o_O < O)[None, :]
-    to = grad + expert.to(tl.int64) * (O * J)
+    grad_ptr = grad + expert.to(tl.int64) * (O * J)
     if TOKENS_FIRST:
-        to += j_J[:, None] * O + o_O[None, :]
+        grad_ptr += j_J[:, None] * O + o_O[None, :]
     else:
-        to += j_J[:, None] + o_O[None, :] * J
+        grad_ptr += j_J[:, None] + o_O[None, :] * J
     if ADD:
-        acc += tl.load(to, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, acc.to(grad.dtype.element_ty), mask=mask)
+        acc += tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_ptr, acc.to(grad.dtype.element_ty), mask=mask)
 
 
 def grad_weight(
@@ -78,20 +78,24 @@ def grad_weight(
     tokens_TJ: Tensor,
     row_token_N: Tensor,
     offsets: Tensor,
-    how: Product,
+    product: Product,
     *,
     tokens_first: bool,
     into: Tensor | None = None,
 ) -> Tensor:
-    """For each expert the sum over its rows n of rows_n (x) tokens_(token of n): [E, O, J]; tokens_first: [E, J, O].
+    """Return for each expert the sum over its rows n of rows_n (x) tokens_(token of n): [E, O, J].
 
-    Summed in float32; zeros for an expert without rows. how: block_m numbers of a token by block_n of a row, block_k
-    rows at a time. into: a contiguous tensor of this shape and any float dtype, to which the sum is added and which is
-    returned, e.g. a gradient in float32.
+    It is summed in float32, and is zero for an expert without rows.
+
+    Args:
+        product: block_m numbers of a token by block_n of a row, block_k rows at a time.
+        tokens_first: [E, J, O] instead.
+        into: a contiguous tensor of this shape and any float dtype, to which the sum is added and which is returned,
+            e.g. a gradient in float32.
     """
     (O, J), E = (rows_NO.shape[1], tokens_TJ.shape[1]), len(offsets) - 1
     grad = rows_NO.new_empty((E, J, O) if tokens_first else (E, O, J)) if into is None else into
-    _grad_weight[(E * cdiv(J, how.block_m) * cdiv(O, how.block_n),)](
+    _grad_weight[(E * cdiv(J, product.block_m) * cdiv(O, product.block_n),)](
         rows_NO,
         tokens_TJ,
         row_token_N,
@@ -102,11 +106,11 @@ def grad_weight(
         J,
         tokens_first,
         into is not None,
-        how.block_m,
-        how.block_n,
-        how.block_k,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        product.block_m,
+        product.block_n,
+        product.block_k,
+        num_warps=product.warps,
+        num_stages=product.stages,
         **launch_options(rows_NO, len(tokens_TJ)),
     )
     return grad

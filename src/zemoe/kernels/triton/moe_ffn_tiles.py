@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .blocks import descriptor, gather, multiply_rows, tokens_of
 from .combine import affine_terms, combine
 from .launch import begin, launch_options
 from .tiles import Product, Schedule, cdiv, max_tiles
@@ -31,20 +31,8 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def rows_of(matrix, row, k, width, rows_left, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """[BLOCK_N, BLOCK_K] of a matrix with contiguous rows; of rows from rows_left on nobody uses the values."""
-    if TMA:
-        return matrix.load([row, k])
-    else:
-        n = tl.arange(0, BLOCK_N)
-        columns = k + tl.arange(0, BLOCK_K)
-        mask = (n < rows_left)[:, None] & (columns < width)[None, :]
-        return tl.load(matrix + (row + n).to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """[2 BLOCK_N, BLOCK_K]: gate rows, then the up rows that belong to them, so that one product makes both."""
+    """Return [2 BLOCK_N, BLOCK_K]: gate rows, then the up rows that belong to them, so that one product makes both."""
     if TMA:
         return w13.load([2 * expert, column, k]).reshape([2 * BLOCK_N, BLOCK_K])
     else:
@@ -57,30 +45,12 @@ def _gate_up_rows(w13, expert, column, k, H, I, BLOCK_N: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def tokens_of(x, row_token, row_M, end, stride_x):
-    """Where in x the tokens of rows begin, and which of the rows come before `end`."""
-    in_expert_M = row_M < end
-    token_M = tl.load(row_token + row_M, mask=in_expert_M, other=0)
-    return x + token_M.to(tl.int64) * stride_x, in_expert_M
-
-
-@triton.jit
-def gather(x_M, in_expert_M, k, H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[M, BLOCK_K] of the tokens that x_M points to, from column k on."""
-    columns = k + tl.arange(0, BLOCK_K)
-    mask = in_expert_M[:, None]
-    if H % BLOCK_K != 0:
-        mask = mask & (columns < H)[None, :]
-    return tl.load(x_M[:, None] + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _store_activated(
     acc, inner, preact, row_M, in_expert_M, column, I, ACTIVATION: tl.constexpr, SAVE_PREACT: tl.constexpr
 ):
-    """Gate and up sums, [M, 2 n], to act(gate) * up in columns column to column + n of rows row_M.
+    """Store act(gate) * up of gate and up sums [M, 2 n] in columns column to column + n of rows row_M.
 
-    SAVE_PREACT: the sums themselves as well, gates in the first I columns of `preact` and ups in the next.
+    SAVE_PREACT: store the sums themselves as well, gates in the first I columns of `preact` and ups in the next.
     """
     M: tl.constexpr = acc.shape[0]
     n: tl.constexpr = acc.shape[1] // 2
@@ -90,9 +60,9 @@ def _store_activated(
     mask = in_expert_M[:, None] & (column_N < I)[None, :]
     tl.store(inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :], out, mask=mask)
     if SAVE_PREACT:
-        at = preact + row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
-        tl.store(at, gate.to(preact.dtype.element_ty), mask=mask)
-        tl.store(at + I, up.to(preact.dtype.element_ty), mask=mask)
+        gate_ptr = preact + row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
+        tl.store(gate_ptr, gate.to(preact.dtype.element_ty), mask=mask)
+        tl.store(gate_ptr + I, up.to(preact.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
@@ -168,22 +138,7 @@ def _down(
 ):
     """out[n] = inner[n] times the transposed w2 of its expert, of whose H columns it holds WIDTH from FIRST on."""
     begin(OVERLAP)
-    blocks_n: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    work = tl.load(tiles) * blocks_n
-    for index in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=FLATTEN):
-        tile = tiles + 2 * (1 + index // blocks_n)
-        expert = tl.load(tile)
-        column = index % blocks_n * BLOCK_N
-        first_row = tl.load(tile + 1)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for k in range(0, I, BLOCK_K):
-            a = rows_of(inner, first_row, k, I, N - first_row, BLOCK_M, BLOCK_K, TMA)
-            w = rows_of(w2, expert * H + FIRST + column, k, I, WIDTH - column, BLOCK_N, BLOCK_K, TMA)
-            acc = tl.dot(a, w.T, acc)
-        row_M = first_row + tl.arange(0, BLOCK_M)
-        column_N = column + tl.arange(0, BLOCK_N)
-        mask = (row_M < tl.load(offsets + expert + 1))[:, None] & (column_N < WIDTH)[None, :]
-        tl.store(out + row_M.to(tl.int64)[:, None] * WIDTH + column_N[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    multiply_rows(inner, offsets, tiles, w2, out, N, I, H, FIRST, WIDTH, True, BLOCK_M, BLOCK_N, BLOCK_K, TMA, FLATTEN)
 
 
 @triton.jit
@@ -260,10 +215,6 @@ def _down_one(
     tl.store(out + column_N, y_N.to(out.dtype.element_ty), mask=in_out)
 
 
-def descriptor(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
-
-
 def gate_up(
     x_TH: Tensor,
     row_token_N: Tensor,
@@ -271,24 +222,24 @@ def gate_up(
     tiles: Tensor,
     w13: Tensor,
     activation: str,
-    how: Product,
+    product: Product,
     preact_N2I: Tensor | None = None,
 ) -> Tensor:
-    """[N, I]: the activated rows of all experts; rows of nobody are left as they were.
+    """Return [N, I]: the activated rows of all experts. Padding rows are not written.
 
-    preact_N2I: where to write what gate and up yield, for the backward; rows of nobody are left as they were.
+    preact_N2I: where to write what gate and up yield, for the backward.
     """
     (E, two_I, H), N = w13.shape, row_token_N.shape[0]
     I = two_I // 2
     inner_NI = x_TH.new_empty((N, I))
-    block_m = 1 << (how.block_m.bit_length() - 1)
-    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(I, how.block_n)),)
+    block_m = 1 << (product.block_m.bit_length() - 1)
+    grid = (product.programs(max_tiles(N, E, product.block_m) * cdiv(I, product.block_n)),)
     _gate_up[grid](
         x_TH,
         row_token_N,
         offsets,
         tiles,
-        descriptor(w13.view(2 * E, I, H), (2, how.block_n, how.block_k)) if how.tma else w13,
+        descriptor(w13.view(2 * E, I, H), (2, product.block_n, product.block_k)) if product.tma else w13,
         inner_NI,
         inner_NI if preact_N2I is None else preact_N2I,
         x_TH.stride(0),
@@ -297,12 +248,12 @@ def gate_up(
         activation,
         preact_N2I is not None,
         block_m,
-        how.block_m - block_m,
-        how.block_n,
-        how.block_k,
-        how.tma,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        product.block_m - block_m,
+        product.block_n,
+        product.block_k,
+        product.tma,
+        num_warps=product.warps,
+        num_stages=product.stages,
         **launch_options(x_TH, len(x_TH)),
     )
     return inner_NI
@@ -313,36 +264,36 @@ def down(
     offsets: Tensor,
     tiles: Tensor,
     w2: Tensor,
-    how: Product,
+    product: Product,
     num_tokens: int,
     columns: slice = slice(None),
 ) -> Tensor:
-    """[N, H]: the outputs of all rows, without their routing weights; rows of nobody are left as they were.
+    """Return [N, H]: the outputs of all rows, without their routing weights. Padding rows are not written.
 
-    num_tokens: T. columns: those of the H that are wanted.
+    num_tokens: T. columns: the part of H that is wanted.
     """
     (E, H, I), N = w2.shape, inner_NI.shape[0]
     first, stop, _ = columns.indices(H)
     out_NH = inner_NI.new_empty((N, stop - first))
-    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(stop - first, how.block_n)),)
+    grid = (product.programs(max_tiles(N, E, product.block_m) * cdiv(stop - first, product.block_n)),)
     _down[grid](
-        descriptor(inner_NI, (how.block_m, how.block_k)) if how.tma else inner_NI,
+        descriptor(inner_NI, (product.block_m, product.block_k)) if product.tma else inner_NI,
         offsets,
         tiles,
-        descriptor(w2.view(-1, I), (how.block_n, how.block_k)) if how.tma else w2,
+        descriptor(w2.view(-1, I), (product.block_n, product.block_k)) if product.tma else w2,
         out_NH,
         N,
         H,
         I,
         first,
         stop - first,
-        how.block_m,
-        how.block_n,
-        how.block_k,
-        how.tma,
-        how.flatten,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        product.block_m,
+        product.block_n,
+        product.block_k,
+        product.tma,
+        product.flatten,
+        num_warps=product.warps,
+        num_stages=product.stages,
         **launch_options(inner_NI, num_tokens),
     )
     return out_NH
@@ -357,14 +308,14 @@ def one_token(
     w2: Tensor,
     affine: tuple[Tensor, Tensor | None, Tensor | None],
     activation: str,
-    how: Schedule,
+    schedule: Schedule,
 ) -> Tensor:
-    """[1, H]: the whole layer of one token in two launches; its plan has tiles of one row."""
+    """Return [1, H]: the whole layer of one token in two launches; its plan has tiles of one row."""
     (_, H, I), K = w2.shape, slot_row_TK.shape[1]
     alpha_T, beta_TC, value_CH = affine
     inner_NI = x_TH.new_empty((K, I))
     out_TH = x_TH.new_empty((1, H))
-    block_n, block_k = how.gate_up.block_n, how.gate_up.block_k
+    block_n, block_k = schedule.gate_up.block_n, schedule.gate_up.block_k
     _gate_up_one[(K, cdiv(I, block_n))](
         x_TH,
         tiles,
@@ -375,10 +326,10 @@ def one_token(
         activation,
         block_n,
         block_k,
-        num_warps=how.gate_up.warps,
+        num_warps=schedule.gate_up.warps,
         **launch_options(x_TH, len(x_TH)),
     )
-    block_n, block_k = how.down.block_n, how.down.block_k
+    block_n, block_k = schedule.down.block_n, schedule.down.block_k
     _down_one[(cdiv(H, block_n),)](
         inner_NI,
         slot_row_TK,
@@ -396,7 +347,7 @@ def one_token(
         0 if beta_TC is None else beta_TC.shape[1],
         block_n,
         block_k,
-        num_warps=how.down.warps,
+        num_warps=schedule.down.warps,
         **launch_options(x_TH, len(x_TH)),
     )
     return out_TH
@@ -413,7 +364,7 @@ def moe_ffn_tiles(
     w2: Tensor,
     affine: tuple[Tensor, Tensor | None, Tensor | None],
     activation: str,
-    how: Schedule,
+    schedule: Schedule,
     preact_N2I: Tensor | None = None,
 ) -> Tensor:
     """y_t = sum_k w_tk * expert_k(x_t) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype; see zemoe.ops.experts.moe_ffn.
@@ -427,20 +378,20 @@ def moe_ffn_tiles(
     alpha_T, beta_TC, value_CH = affine
     affine = alpha_T.contiguous(), *(None if one is None else one.contiguous() for one in (beta_TC, value_CH))
     N, H = len(row_token_N), x_TH.shape[1]
-    if not w13.numel() or not N:  # no product: without experts nobody reads the rows, experts of width 0 return zeros
+    if not w13.numel() or not N:  # no product: without experts no row is read, experts of width 0 return zeros
         rows_NH = x_TH.new_zeros((N, H)) if len(w13) else x_TH
-        return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
-    if how.block_m == 1:
+        return combine(rows_NH, slot_row_TK, weights_TK, x_TH, *affine, schedule.block_h)
+    if schedule.block_m == 1:
         assert preact_N2I is None
-        return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, how)
-    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, how.gate_up, preact_N2I)
-    if how.slices == 1:
-        out_NH = down(inner_NI, offsets, tiles[-1], w2, how.down, len(x_TH))
-        return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, how.block_h)
+        return one_token(x_TH, weights_TK, slot_row_TK, tiles[0], w13, w2, affine, activation, schedule)
+    inner_NI = gate_up(x_TH, row_token_N, offsets, tiles[0], w13, activation, schedule.gate_up, preact_N2I)
+    if schedule.slices == 1:
+        out_NH = down(inner_NI, offsets, tiles[-1], w2, schedule.down, len(x_TH))
+        return combine(out_NH, slot_row_TK, weights_TK, x_TH, *affine, schedule.block_h)
     out_TH = torch.empty((len(x_TH), H), dtype=x_TH.dtype, device=x_TH.device)
-    for first in range(0, H, cdiv(H, how.slices)):
-        columns = slice(first, first + cdiv(H, how.slices))
-        rows = down(inner_NI, offsets, tiles[-1], w2, how.down, len(x_TH), columns)
-        combine(rows, slot_row_TK, weights_TK, x_TH, *affine, how.block_h, into=(out_TH, first))
+    for first in range(0, H, cdiv(H, schedule.slices)):
+        columns = slice(first, first + cdiv(H, schedule.slices))
+        rows = down(inner_NI, offsets, tiles[-1], w2, schedule.down, len(x_TH), columns)
+        combine(rows, slot_row_TK, weights_TK, x_TH, *affine, schedule.block_h, into=(out_TH, first))
         del rows  # its memory goes to the next slice
     return out_TH

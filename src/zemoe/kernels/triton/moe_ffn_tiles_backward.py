@@ -8,7 +8,8 @@ For each row n (a choice of token t that fell on expert e, weight s), from the s
     dx[t]  += w13[e]^T (dgate, dup)                  an expert's output is never needed again
 
 T tokens, H hidden size, I expert width, E FFN experts, K choices, N = T * K row bound, B blocks of I. All grids come
-from static bounds, and a program without work ends at once. What rows of nobody hold changes nothing, and stays.
+from static bounds, and a program without work ends at once. What padding rows hold has no
+influence, and they are not written.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import columns_of, descriptor, gather, multiply_rows, tokens_of
 from .combine import grad_tokens
 from .grad_weight import grad_weight
 from .launch import begin, launch_options
-from .moe_ffn_tiles import descriptor, gather, rows_of, tokens_of
-from .tiles import Backward, Product, cdiv, max_tiles
+from .tiles import BackwardSchedule, Product, cdiv, max_tiles
 
 _SCATTERED = 1024  # choices of a program
 # Columns of the pre-activation that a program of _grad_preact turns into gradients at once: as many as fit beside
 # 128 x 256 sums.
-_AT_ONCE = 32
+_COLUMNS_AT_ONCE = 32
 
 
 @triton.jit
@@ -56,21 +57,6 @@ def _activate_and_derive(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _columns_of(
-    stacked, expert, row, column, ROWS, COLUMNS, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
-):
-    """[BLOCK_K, BLOCK_N] of an expert's [ROWS, COLUMNS] in `stacked`, zeros outside of it."""
-    if TMA:
-        return stacked.load([expert, row, column]).reshape([BLOCK_K, BLOCK_N])
-    else:
-        row_K = row + tl.arange(0, BLOCK_K)
-        column_N = column + tl.arange(0, BLOCK_N)
-        mask = (row_K < ROWS)[:, None] & (column_N < COLUMNS)[None, :]
-        first = stacked + (expert.to(tl.int64) * ROWS + row_K)[:, None] * COLUMNS
-        return tl.load(first + column_N[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _store_preact_gradient(
     dinner,
     preact,
@@ -86,7 +72,7 @@ def _store_preact_gradient(
     WANT_INNER: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """The rest of the way for columns column to column + n of rows row_M; returns <dinner, inner> over them."""
+    """Store what follows from dinner [M, n], columns column to column + n of rows row_M; return <dinner, inner>."""
     M: tl.constexpr = dinner.shape[0]
     n: tl.constexpr = dinner.shape[1]
     if n > AT_ONCE:
@@ -103,19 +89,19 @@ def _store_preact_gradient(
     else:
         column_N = column + tl.arange(0, n)
         mask = in_expert_M[:, None] & (column_N < I)[None, :]
-        at = row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
-        gate = tl.load(preact + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(preact + at + I, mask=mask, other=0.0).to(tl.float32)
+        gate_offset = row_M.to(tl.int64)[:, None] * (2 * I) + column_N[None, :]
+        gate = tl.load(preact + gate_offset, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(preact + gate_offset + I, mask=mask, other=0.0).to(tl.float32)
         tl.debug_barrier()  # dpreact may be preact, and a thread may store what another one loads
         act, derivative = _activate_and_derive(gate, ACTIVATION)
         inner_MN = act * up
         if WANT_INNER:
-            where = inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :]
-            tl.store(where, (inner_MN * weight_M[:, None]).to(inner.dtype.element_ty), mask=mask)
+            inner_ptr = inner + row_M.to(tl.int64)[:, None] * I + column_N[None, :]
+            tl.store(inner_ptr, (inner_MN * weight_M[:, None]).to(inner.dtype.element_ty), mask=mask)
         if WANT_DPREACT:
             weighted = dinner * weight_M[:, None]
-            tl.store(dpreact + at, (weighted * up * derivative).to(dpreact.dtype.element_ty), mask=mask)
-            tl.store(dpreact + at + I, (weighted * act).to(dpreact.dtype.element_ty), mask=mask)
+            tl.store(dpreact + gate_offset, (weighted * up * derivative).to(dpreact.dtype.element_ty), mask=mask)
+            tl.store(dpreact + gate_offset + I, (weighted * act).to(dpreact.dtype.element_ty), mask=mask)
         return tl.sum(dinner * inner_MN, 1)
 
 
@@ -157,7 +143,7 @@ def _grad_preact(
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, H, BLOCK_K):
             dout_MK = gather(dout_M, in_expert_M, k, H, BLOCK_K)
-            w_KN = _columns_of(w2, expert, k, column, H, I, BLOCK_K, BLOCK_N, TMA)
+            w_KN = columns_of(w2, expert, k, column, H, I, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(dout_MK, w_KN, acc)
         weight_M = tl.load(row_weight + row_M, mask=in_expert_M, other=0.0)
         sum_M = _store_preact_gradient(
@@ -186,26 +172,11 @@ def _grad_rows(
 ):
     """out[n] = dpreact[n] times the w13 of its expert."""
     begin(OVERLAP)
-    blocks_n: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    work = tl.load(tiles) * blocks_n
-    for index in tl.range(tl.program_id(0), work, tl.num_programs(0), flatten=FLATTEN):
-        tile = tiles + 2 * (1 + index // blocks_n)
-        expert = tl.load(tile)
-        column = index % blocks_n * BLOCK_N
-        first_row = tl.load(tile + 1)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for k in range(0, TWO_I, BLOCK_K):
-            a = rows_of(dpreact, first_row, k, TWO_I, N - first_row, BLOCK_M, BLOCK_K, TMA)
-            w = _columns_of(w13, expert, k, column, TWO_I, H, BLOCK_K, BLOCK_N, TMA)
-            acc = tl.dot(a, w, acc)
-        row_M = first_row + tl.arange(0, BLOCK_M)
-        column_N = column + tl.arange(0, BLOCK_N)
-        mask = (row_M < tl.load(offsets + expert + 1))[:, None] & (column_N < H)[None, :]
-        tl.store(out + row_M.to(tl.int64)[:, None] * H + column_N[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    multiply_rows(dpreact, offsets, tiles, w13, out, N, TWO_I, H, 0, H, False, BLOCK_M, BLOCK_N, BLOCK_K, TMA, FLATTEN)
 
 
 def row_weights(slot_row_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """[N] float32: the weight of each row; rows of nobody are left as they were."""
+    """Return [N] float32: the weight of each row. Padding rows are not written."""
     N = slot_row_TK.numel()
     weight_N = weights_TK.new_empty(N)
     _scatter_weights[(cdiv(N, _SCATTERED),)](
@@ -224,28 +195,28 @@ def grad_preact(
     preact_N2I: Tensor,
     dpreact_N2I: Tensor | None,
     activation: str,
-    how: Product,
+    product: Product,
     *,
     want_inner: bool,
-    at_once: int = _AT_ONCE,
+    columns_at_once: int = _COLUMNS_AT_ONCE,
 ) -> tuple[Tensor | None, Tensor]:
-    """(weight * inner [N, I] if wanted, [N, B] float32 whose rows add up to the gradients of the weights).
+    """Return (weight * inner [N, I] if wanted, [N, B] float32 whose rows add up to the gradients of the weights).
 
-    dpreact_N2I: what to write the gradient of the pre-activation to, preact_N2I itself if nobody needs that again;
-    None where it is not wanted. Rows of nobody are left as they were. at_once: for timing.
+    dpreact_N2I: where to write the gradient of the pre-activation, preact_N2I itself if that is not needed again, None
+    where it is not wanted. Padding rows are not written. columns_at_once: for timing.
     """
     (E, H, I), N = w2.shape, row_token_N.shape[0]
     inner_NI = preact_N2I.new_empty((N, I)) if want_inner else None
-    blocks = cdiv(I, how.block_n)
+    blocks = cdiv(I, product.block_n)
     partial_NB = weight_N.new_empty((N, blocks))
-    grid = (how.programs(max_tiles(N, E, how.block_m) * blocks),)
+    grid = (product.programs(max_tiles(N, E, product.block_m) * blocks),)
     _grad_preact[grid](
         dout_TH,
         row_token_N,
         weight_N,
         offsets,
         tiles,
-        descriptor(w2, (1, how.block_k, how.block_n)) if how.tma else w2,
+        descriptor(w2, (1, product.block_k, product.block_n)) if product.tma else w2,
         preact_N2I,
         preact_N2I if dpreact_N2I is None else dpreact_N2I,
         preact_N2I if inner_NI is None else inner_NI,
@@ -256,41 +227,41 @@ def grad_preact(
         activation,
         dpreact_N2I is not None,
         want_inner,
-        at_once,
-        how.block_m,
-        how.block_n,
-        how.block_k,
-        how.tma,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        columns_at_once,
+        product.block_m,
+        product.block_n,
+        product.block_k,
+        product.tma,
+        num_warps=product.warps,
+        num_stages=product.stages,
         **launch_options(dout_TH, len(dout_TH)),
     )
     return inner_NI, partial_NB
 
 
 def grad_rows(
-    dpreact_N2I: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, how: Product, num_tokens: int
+    dpreact_N2I: Tensor, offsets: Tensor, tiles: Tensor, w13: Tensor, product: Product, num_tokens: int
 ) -> Tensor:
-    """[N, H]: what each row adds to the gradient of its token; rows of nobody are left as they were."""
+    """Return [N, H]: what each row adds to the gradient of its token. Padding rows are not written."""
     (E, two_I, H), N = w13.shape, dpreact_N2I.shape[0]
     out_NH = dpreact_N2I.new_empty((N, H))
-    grid = (how.programs(max_tiles(N, E, how.block_m) * cdiv(H, how.block_n)),)
+    grid = (product.programs(max_tiles(N, E, product.block_m) * cdiv(H, product.block_n)),)
     _grad_rows[grid](
-        descriptor(dpreact_N2I, (how.block_m, how.block_k)) if how.tma else dpreact_N2I,
+        descriptor(dpreact_N2I, (product.block_m, product.block_k)) if product.tma else dpreact_N2I,
         offsets,
         tiles,
-        descriptor(w13, (1, how.block_k, how.block_n)) if how.tma else w13,
+        descriptor(w13, (1, product.block_k, product.block_n)) if product.tma else w13,
         out_NH,
         N,
         H,
         two_I,
-        how.block_m,
-        how.block_n,
-        how.block_k,
-        how.tma,
-        how.flatten,
-        num_warps=how.warps,
-        num_stages=how.stages,
+        product.block_m,
+        product.block_n,
+        product.block_k,
+        product.tma,
+        product.flatten,
+        num_warps=product.warps,
+        num_stages=product.stages,
         **launch_options(dpreact_N2I, num_tokens),
     )
     return out_NH
@@ -310,7 +281,7 @@ def moe_ffn_tiles_backward(
     preact_N2I: Tensor,
     activation: str,
     needs: tuple[bool, bool, bool, bool, bool],
-    how: Backward,
+    schedule: BackwardSchedule,
     into: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     overwrite: bool,
@@ -318,13 +289,13 @@ def moe_ffn_tiles_backward(
     """Gradients of x, weights, w13, w2 and alpha, None for each that is not in `needs`.
 
     preact_N2I: what the forward wrote. into: contiguous tensors that the gradients of w13 and w2 are added to, instead
-    of being returned, or None. overwrite: nobody needs preact again, so that the gradient takes its place, which saves
+    of being returned, or None. overwrite: preact is not needed again, and the gradient takes its place, which saves
     4 N I bytes. Beside it there are at most N (I or H) numbers of x's dtype at a time.
     """
     need_x, need_weights, need_w13, need_w2, need_alpha = needs
     T, N = len(x_TH), len(row_token_N)
     dw13 = dw2 = rows_NH = partial_NB = None
-    if not w13.numel() or not N or not T:  # no product: nobody has a row, or all of them yield zeros
+    if not w13.numel() or not N or not T:  # no product: there is no row, or all of them yield zeros
         dw13, dw2 = torch.zeros_like(w13) if need_w13 else None, torch.zeros_like(w2) if need_w2 else None
         rows_NH = x_TH.new_zeros((N, x_TH.shape[1])) if need_x else None
         partial_NB = alpha_T.new_zeros((N, 1)) if need_weights else None
@@ -335,19 +306,19 @@ def moe_ffn_tiles_backward(
         if need_x or need_w13:
             dpreact_N2I = preact_N2I if overwrite else torch.empty_like(preact_N2I)
         inner_NI, partial_NB = grad_preact(
-            dout_TH, row_token_N, weight_N, offsets, tiles, w2, preact_N2I, dpreact_N2I, activation, how.preact,
+            dout_TH, row_token_N, weight_N, offsets, tiles, w2, preact_N2I, dpreact_N2I, activation, schedule.preact,
             want_inner=need_w2,
         )  # fmt: skip
         if inner_NI is not None:
-            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, how.weight, tokens_first=True, into=into[1])
+            dw2 = grad_weight(inner_NI, dout_TH, row_token_N, offsets, schedule.weight, tokens_first=True, into=into[1])
             del inner_NI  # its memory goes to the rows
         if dpreact_N2I is not None:
             if need_w13:
                 dw13 = grad_weight(
-                    dpreact_N2I, x_TH, row_token_N, offsets, how.weight, tokens_first=False, into=into[0]
+                    dpreact_N2I, x_TH, row_token_N, offsets, schedule.weight, tokens_first=False, into=into[0]
                 )
             if need_x:
-                rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, how.rows, T)
+                rows_NH = grad_rows(dpreact_N2I, offsets, tiles, w13, schedule.rows, T)
     dw13, dw2 = (None if main is not None else grad for main, grad in zip(into, (dw13, dw2), strict=True))
     if not T:
         return (
@@ -361,6 +332,6 @@ def moe_ffn_tiles_backward(
     if need_x or need_weights or need_alpha:
         dx_TH, dweights_TK, dalpha_T = grad_tokens(
             rows_NH, slot_row_TK, partial_NB if need_weights else None, dout_TH, x_TH, alpha_T.contiguous(),
-            how.block_h, want_x=need_x, want_alpha=need_alpha,
+            schedule.block_h, want_x=need_x, want_alpha=need_alpha,
         )  # fmt: skip
     return dx_TH, dweights_TK, dw13, dw2, dalpha_T

@@ -5,7 +5,8 @@ each program compares its own choices with all others. Many choices: two launche
 expert in each block; in the second each program adds up the blocks before its own and compares only within parts of it.
 
 Legend: T tokens, K choices a token, N = T * K choices and row bound, E FFN experts, C constant experts, B blocks of
-choices, P tile bound. A choice without a row (a zero-computation expert, -1, any other id) counts to "expert" E.
+choices, P tile bound. A choice without a row (a zero-computation expert, -1, any other id) counts as one of an
+"expert" E. Rows from the last choice that has one to N are padding rows: N is a bound that is known without the device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .coefficients import CONSTANT, coefficients, entries_of
 from .launch import begin, launch_options
-from .tiles import max_tiles, rows_of_products
+from .tiles import cdiv, max_tiles, next_power_of_2, rows_of_products
 
 # Above this many choices two launches are faster than one.
 MOST_COMPARED = 2048
@@ -40,19 +41,14 @@ _COUNTING_WARPS = 4
 _PLACING_WARPS = 4
 _COEFFICIENT_TOKENS = 64
 
-
-# triton's own return what its type hints call a constexpr.
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _parts(n: int, size: int) -> int:
-    return -(-n // size)
+_Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weights, ids, scales, logits of the constants
+_Plan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # what `plan_tiles` returns
+_Entries = tuple[tuple[int, int, int, int], ...]  # what `entries_of` returns
 
 
 @triton.jit
 def _expert(id, valid, E):
-    """The FFN expert of each id, E for anything else. Compared before it is narrowed: an int64 may hold anything."""
+    """Return the FFN expert of each id, E for any other id. It is compared before it is narrowed to int32."""
     return tl.where(valid & (id >= 0) & (id < E), id, E).to(tl.int32)
 
 
@@ -69,7 +65,10 @@ def _write_schedule(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """A share of each list's tiles; program 0 writes offsets and numbers of tiles as well. rows_e: an expert's rows."""
+    """Write a program's share of each list of tiles; program 0 writes the offsets and numbers of tiles as well.
+
+    rows_e: how many rows each expert has.
+    """
     e = tl.arange(0, BLOCK_E)
     for i in tl.static_range(len(BLOCK_MS)):
         list_ptr = tiles_ptr + i * 2 * (P + 1)
@@ -94,7 +93,7 @@ def _write_schedule(
 
 @triton.jit
 def _count(ids_ptr, start, stop, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows of each expert among the choices from start to stop."""
+    """Return how many rows each expert has among the choices from start to stop."""
     rows_e = tl.zeros([BLOCK_E], dtype=tl.int32)
     for first in range(start, stop, BLOCK_N):
         c = first + tl.arange(0, BLOCK_N)
@@ -134,7 +133,9 @@ def _plan_few(
     BLOCK_P: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Programs that write BLOCK_P tiles each (the slowest), that place PLACED_T tokens, that do alpha and beta."""
+    """Some programs write BLOCK_P tiles each (the slowest work), then some place PLACED_T tokens each, then some make alpha
+    and beta.
+    """
     begin(OVERLAP)
     N = T * K
     pid = tl.program_id(0)
@@ -154,7 +155,7 @@ def _plan_few(
             other = _expert(tl.load(ids_ptr + n, mask=n < N, other=-1), n < N, E) * N + n
             before += (other[:, None] < key[None, :]).to(tl.int32)
         row = tl.sum(before, axis=0)
-        # Choices without a row come last in this order: they fill the rows that belong to nobody.
+        # Choices without a row come last in this order: their places are the padding rows.
         tl.store(row_token_ptr + row, tl.where(expert < E, c // K, 0), mask=exists)
         tl.store(slot_row_ptr + c, tl.where(expert < E, row, -1), mask=exists)
     else:
@@ -186,7 +187,7 @@ def _count_blocks(
     BLOCK_E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Programs that write one line of rows [B, BLOCK_E] each: every expert's rows in a block; then alpha and beta."""
+    """Count every expert's rows in a block a program, a line of rows [B, BLOCK_E]; then programs make alpha and beta."""
     begin(OVERLAP)
     pid = tl.program_id(0)
     if pid < B:
@@ -223,7 +224,7 @@ def _place_blocks(
     BLOCK_P: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Programs that write tiles, then programs that place a block each, in `parts` parts of PART_T tokens."""
+    """Programs write the tiles, then programs place a block each, in `parts` parts of PART_T tokens."""
     begin(OVERLAP)
     N = T * K
     block = tl.program_id(0) - tile_programs
@@ -255,7 +256,7 @@ def _place_blocks(
             row = tl.gather(next_e, tl.where(has_row, expert, 0), 0) + tl.sum(same_before.to(tl.int32), axis=0)
             tl.store(row_token_ptr + row, c // K, mask=has_row)
             tl.store(slot_row_ptr + c, tl.where(has_row, row, -1), mask=exists)
-            tl.store(row_token_ptr + c, 0, mask=exists & (c >= total))  # a row that belongs to nobody
+            tl.store(row_token_ptr + c, 0, mask=exists & (c >= total))  # a padding row
             next_e += tl.histogram(expert, BLOCK_E, mask=has_row)
             c = following
 
@@ -273,8 +274,8 @@ def plan_tiles(
     most_compared: int = MOST_COMPARED,
     most_blocks: int | None = None,
     part: int = _PART,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Everything that the experts need to know of the routing, in one launch up to `most_compared` choices, else two.
+) -> _Plan:
+    """Plan the rows of all experts from the routing, in one launch up to `most_compared` choices, else in two.
 
     Args:
         topk_weights_TK: [T, K] float32. topk_ids_TK: [T, K] int32 or int64 of any values; one that names no expert is
@@ -288,7 +289,7 @@ def plan_tiles(
             make of the choices at most, and how many choices are compared at once. For tests and timing.
 
     Returns:
-        row_token_N int32: the token of each row, 0 where a row belongs to nobody.
+        row_token_N int32: the token of each row, 0 for a padding row.
         slot_row_TK int32: the row of each choice, -1 for one that has none.
         expert_offsets int32 [E + 1]: expert e owns the rows from expert_offsets[e] to expert_offsets[e + 1], in order
             of the choice index.
@@ -300,94 +301,114 @@ def plan_tiles(
         ValueError: if kinds name more slots than num_slots.
     """
     T, K = topk_ids_TK.shape
-    E, N, device = num_experts, T * K, topk_ids_TK.device
+    E, N = num_experts, T * K
     C = sum(count for kind, count in kinds if kind == CONSTANT)
     if 0 <= num_slots < E + sum(count for _, count in kinds):
         raise ValueError(f"kinds must name at most num_slots={num_slots} slots with num_experts={E}, got {kinds}")
     block_ms = tuple(dict.fromkeys(rows_of_products(block_m)))
     P = max_tiles(N, E, min(block_ms))
-    make = torch.empty if N else torch.zeros
-    row_token_N = make(N, dtype=torch.int32, device=device)
-    slot_row_TK = make((T, K), dtype=torch.int32, device=device)
-    expert_offsets = make(E + 1, dtype=torch.int32, device=device)
-    tiles = make((len(block_ms), P + 1, 2), dtype=torch.int32, device=device)
-    alpha_T = make(T, dtype=torch.float32, device=device)
-    beta_TC = make((T, C), dtype=torch.float32, device=device) if C else None
-    result = row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC
+    plan = _allocate(T, K, E, C, P, len(block_ms), topk_ids_TK.device)
     if not N:
-        return result
-
-    inputs = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    params = scale_S, None if constant_logits_TC2 is None else constant_logits_TC2.contiguous()
-    entries = entries_of(kinds)
-    block_k = _next_power_of_2(K)
-    block_e = max(_next_power_of_2(E), 16)
+        return plan
+    constant_logits_TC2 = None if constant_logits_TC2 is None else constant_logits_TC2.contiguous()
+    inputs = topk_weights_TK.contiguous(), topk_ids_TK.contiguous(), scale_S, constant_logits_TC2
     if most_compared >= N:
-        n = max(_next_power_of_2(N), 16)
-        placed_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
-        coefficient_t = min(_next_power_of_2(T), _COEFFICIENT_TOKENS)
-        tile_programs = max(_parts(P, _TILES_OF_A_PROGRAM), 1)
-        place_programs = _parts(T, placed_t)
-        _plan_few[(tile_programs + place_programs + _parts(T, coefficient_t),)](
-            *inputs,
-            *params,
-            *result,
-            T,
-            E,
-            P,
-            tile_programs,
-            place_programs,
-            K=K,
-            C=C,
-            KINDS=entries,
-            BLOCK_MS=block_ms,
-            PLACED_T=placed_t,
-            COEFFICIENT_T=coefficient_t,
-            COUNTED=min(n, _COUNTED),
-            BLOCK_K=block_k,
-            BLOCK_C=_next_power_of_2(placed_t * K),
-            BLOCK_N=min(n, _COMPARED),
-            BLOCK_E=block_e,
-            BLOCK_P=_TILES_OF_A_PROGRAM,
-            num_warps=_COMPARING_WARPS,
-            **launch_options(topk_ids_TK, len(topk_ids_TK)),
-        )
-        return result
+        _launch_comparison(inputs, plan, E, C, P, entries_of(kinds), block_ms)
+    else:
+        if most_blocks is None:
+            most_blocks = _BLOCKS if N < _MANY_CHOICES else _BLOCKS_OF_MANY
+        part_t = max(part // K, 1)
+        parts = cdiv(cdiv(T, part_t), most_blocks)
+        rows = _launch_count(inputs, plan, E, C, entries_of(kinds), part_t * parts)
+        _launch_placement(inputs[1], rows, plan, E, P, block_ms, part_t, parts)
+    return plan
 
-    if most_blocks is None:
-        most_blocks = _BLOCKS if N < _MANY_CHOICES else _BLOCKS_OF_MANY
-    part_t = max(part // K, 1)
-    parts = _parts(_parts(T, part_t), most_blocks)
-    B = _parts(T, part_t * parts)
-    rows = torch.empty(B * block_e, dtype=torch.int32, device=device)
-    _count_blocks[(B + _parts(T, _COEFFICIENT_TOKENS),)](
+
+def _allocate(T: int, K: int, E: int, C: int, P: int, lists: int, device: torch.device) -> _Plan:
+    """Return the tensors that `plan_tiles` returns, to be written; zeros where there is no choice to plan."""
+    make = torch.empty if T * K else torch.zeros
+    return (
+        make(T * K, dtype=torch.int32, device=device),
+        make((T, K), dtype=torch.int32, device=device),
+        make(E + 1, dtype=torch.int32, device=device),
+        make((lists, P + 1, 2), dtype=torch.int32, device=device),
+        make(T, dtype=torch.float32, device=device),
+        make((T, C), dtype=torch.float32, device=device) if C else None,
+    )
+
+
+def _launch_comparison(
+    inputs: _Inputs, plan: _Plan, E: int, C: int, P: int, entries: _Entries, block_ms: tuple[int, ...]
+) -> None:
+    """Plan few choices in one launch, in which each choice is compared with all others."""
+    T, K = inputs[1].shape
+    n = max(next_power_of_2(T * K), 16)
+    placed_t = 1 << max((_PLACED // K).bit_length() - 1, 0)
+    coefficient_t = min(next_power_of_2(T), _COEFFICIENT_TOKENS)
+    tile_programs = max(cdiv(P, _TILES_OF_A_PROGRAM), 1)
+    place_programs = cdiv(T, placed_t)
+    _plan_few[(tile_programs + place_programs + cdiv(T, coefficient_t),)](
         *inputs,
-        *params,
+        *plan,
+        T,
+        E,
+        P,
+        tile_programs,
+        place_programs,
+        K=K,
+        C=C,
+        KINDS=entries,
+        BLOCK_MS=block_ms,
+        PLACED_T=placed_t,
+        COEFFICIENT_T=coefficient_t,
+        COUNTED=min(n, _COUNTED),
+        BLOCK_K=next_power_of_2(K),
+        BLOCK_C=next_power_of_2(placed_t * K),
+        BLOCK_N=min(n, _COMPARED),
+        BLOCK_E=_experts_in_registers(E),
+        BLOCK_P=_TILES_OF_A_PROGRAM,
+        num_warps=_COMPARING_WARPS,
+        **launch_options(inputs[1], T),
+    )
+
+
+def _launch_count(inputs: _Inputs, plan: _Plan, E: int, C: int, entries: _Entries, block_t: int) -> Tensor:
+    """Count each expert's rows in every block of `block_t` tokens: [B, BLOCK_E], flat. Makes alpha and beta as well."""
+    T, K = inputs[1].shape
+    B, block_e = cdiv(T, block_t), _experts_in_registers(E)
+    rows = torch.empty(B * block_e, dtype=torch.int32, device=inputs[1].device)
+    _count_blocks[(B + cdiv(T, _COEFFICIENT_TOKENS),)](
+        *inputs,
         rows,
-        alpha_T,
-        beta_TC,
+        *plan[4:],
         T,
         E,
         B,
-        part_t * parts,
+        block_t,
         K=K,
         C=C,
         KINDS=entries,
         COEFFICIENT_T=_COEFFICIENT_TOKENS,
-        COUNTED=min(_next_power_of_2(part_t * parts * K), _COUNTED_OF_A_BLOCK),
-        BLOCK_K=block_k,
+        COUNTED=min(next_power_of_2(block_t * K), _COUNTED_OF_A_BLOCK),
+        BLOCK_K=next_power_of_2(K),
         BLOCK_E=block_e,
         num_warps=_COUNTING_WARPS,
-        **launch_options(topk_ids_TK, len(topk_ids_TK)),
+        **launch_options(inputs[1], T),
     )
-    tile_programs = min(max(_parts(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
+    return rows
+
+
+def _launch_placement(
+    ids_TK: Tensor, rows: Tensor, plan: _Plan, E: int, P: int, block_ms: tuple[int, ...], part_t: int, parts: int
+) -> None:
+    """Place the choices and write the tiles by what `_launch_count` has counted in blocks of parts * part_t tokens."""
+    T, K = ids_TK.shape
+    B, block_e = cdiv(T, part_t * parts), _experts_in_registers(E)
+    tile_programs = min(max(cdiv(P, _TILES_AT_ONCE), 1), _TILE_PROGRAMS)
     _place_blocks[(tile_programs + B,)](
-        inputs[1],
+        ids_TK,
         rows,
-        row_token_N,
-        slot_row_TK,
-        expert_offsets,
-        tiles,
+        *plan[:4],
         T,
         E,
         P,
@@ -397,11 +418,15 @@ def plan_tiles(
         K=K,
         PART_T=part_t,
         BLOCK_MS=block_ms,
-        BLOCK_B=min(_next_power_of_2(B), max(_ADDED // block_e, 1)),
-        BLOCK_C=_next_power_of_2(part_t * K),
+        BLOCK_B=min(next_power_of_2(B), max(_ADDED // block_e, 1)),
+        BLOCK_C=next_power_of_2(part_t * K),
         BLOCK_E=block_e,
         BLOCK_P=_TILES_AT_ONCE,
         num_warps=_PLACING_WARPS,
-        **launch_options(topk_ids_TK, len(topk_ids_TK)),
+        **launch_options(ids_TK, T),
     )
-    return result
+
+
+def _experts_in_registers(E: int) -> int:
+    """Return BLOCK_E: how many experts a program holds, a power of two."""
+    return max(next_power_of_2(E), 16)

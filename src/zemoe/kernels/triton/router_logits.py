@@ -1,7 +1,7 @@
 """The router's logits, x W^T, to float32 accuracy on tensor cores that multiply 16-bit numbers.
 
 A float32 weight is written as a sum of 16-bit parts, each product of x with a part is exact, and the sums are float32.
-x itself is 16-bit already, so it needs no parts. Which parts, and which way through the machine, depends on T:
+x itself is 16-bit already, so it needs no parts. Which parts, and by which path, depends on T:
 
 one     few tokens: rows of W times x, in plain float32, no tensor core. W is read once, at the speed of memory.
 direct  some tokens, and any alignment: blocks of W come in as float32 and are split in registers, for bfloat16 x into
@@ -11,11 +11,11 @@ split   many tokens: W is split once by a small launch, then one large product t
         bfloat16 x: a bfloat16 part times x, and a float16 part (together 20 bits) times x as float16, which is exact
         for 2^-17 <= |x| <= 65504 and elsewhere costs accuracy only, as if W had 9 bits for that element.
 
-Nothing that is not finite spreads: a token's logits depend on its own x and on W alone. NaN in a token's x makes all
+NaN and infinity stay where they are: a token's logits depend on its own x and on W alone. NaN in a token's x makes all
 its logits NaN; an infinity makes each of them an infinity or NaN (float32 may have the infinity where this has NaN;
-routing gives up the token in either case). NaN or infinity in a row of W does to that slot's logits what it does in
-float32. Every part of a finite weight is finite. What no router has: with float16 x a weight beyond 2047 counts as
-2047, in the split way one beyond 8192 keeps 9 bits or more, and logits beyond 2^115 overflow.
+routing gives the token NaN weights in either case). NaN or infinity in a row of W does to that slot's logits what it
+does in float32. Every part of a finite weight is finite. Limits that no router comes near: with float16 x a weight
+beyond 2047 counts as 2047, on the split path one beyond 8192 keeps 9 bits or more, and logits beyond 2^115 overflow.
 
 Legend: T tokens, R rows of the router weight (slots), H hidden size, S slices of H.
 """
@@ -44,13 +44,13 @@ _SCALE_FLOAT16 = tl.constexpr(64.0)
 # What a step of the tensor core cuts off on average, over the power of two below the sum. If the bits cut off were
 # random it would be 2^-24; on an H100 the error is 0.70 to 0.76 of that, for both dtypes and H from 2048 to 6144.
 _CUT_OFF = tl.constexpr(0.72 * 2.0**-24)
-# Blocks of H between two corrections in the split way. With none, 8 and 4 three runs took 474, 476 and 488 us at
+# Blocks of H between two corrections on the split path. With none, 8 and 4 three runs took 474, 476 and 488 us at
 # T = 16384, 768 x 6144.
 _UNBIAS_EVERY = 4
 
 
-class Way(NamedTuple):
-    """How one product runs: a path of this file, its tile, the slices of H, and the launch."""
+class RouterSchedule(NamedTuple):
+    """How the product runs: its path (see the top of this file), its tile, the slices of H, and the launch."""
 
     path: str
     block_t: int
@@ -61,8 +61,10 @@ class Way(NamedTuple):
     stages: int
 
 
-def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool, wide: bool = True) -> Way:
-    """The way for a shape; `blocks`: x and a [R, H] 16-bit matrix can be read in large blocks by the copy engine.
+def router_schedule(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool, wide: bool = True) -> RouterSchedule:
+    """Return the schedule for a shape.
+
+    blocks: x and a [R, H] 16-bit matrix can be read in large blocks by the copy engine.
 
     wide: a program may take 256 slots. Where products work in tensor memory, sums of 128 x 256 and two kinds of x don't
     fit into its 512 columns.
@@ -82,15 +84,15 @@ def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool, wide: b
     if T <= 4 or (T <= 8 and R * H <= 2**21):
         block_t = next_power_of_2(T)
         rows, columns = (2, 1024) if T > 2 and R >= 256 else (1, 2048)
-        return Way("one", block_t, rows, min(columns, next_power_of_2(H)), 1, 4, 1)
+        return RouterSchedule("one", block_t, rows, min(columns, next_power_of_2(H)), 1, 4, 1)
     if T * R >= 1024 * 768 and blocks:
         if wide and cdiv(R, 256) * 256 < 1.15 * R:
             # Shared memory is full with 3 blocks of both parts and 2 of bfloat16 x; float16 x needs as many as parts.
             stages = 3 if dtype == torch.bfloat16 else 2
             slices = 132 // (cdiv(T, 128) * cdiv(R, 256))
-            return Way("split", 128, 256, 64, max(1, min(slices, H // 512)), 8, stages)
+            return RouterSchedule("split", 128, 256, 64, max(1, min(slices, H // 512)), 8, stages)
         slices = 264 // (cdiv(T, 64) * cdiv(R, 128))
-        return Way("split", 64, 128, 64, max(1, min(slices, H // 512)), 4, 3)
+        return RouterSchedule("split", 64, 128, 64, max(1, min(slices, H // 512)), 4, 3)
     # Enough slices for one program on each processor, two where tiles are large; two blocks of H for each at least.
     tiles_r = cdiv(R, 64)
     if T <= 64:
@@ -99,7 +101,7 @@ def choose_way(T: int, R: int, H: int, dtype: torch.dtype, blocks: bool, wide: b
     else:
         block_t = 64 if cdiv(T, 64) * tiles_r * (H // 128) <= 264 else 128
         slices = 264 // (cdiv(T, block_t) * tiles_r)
-    return Way("direct", block_t, 64, 64, max(1, min(slices, H // 128)), 4, 4 if block_t <= 64 else 3)
+    return RouterSchedule("direct", block_t, 64, 64, max(1, min(slices, H // 128)), 4, 4 if block_t <= 64 else 3)
 
 
 @triton.jit
@@ -124,8 +126,8 @@ def _unbias(acc, steps):
 
     A step adds 16 products to the sum and drops the bits of the result below the last place of a float32: towards zero,
     so that it adds up, and the more the larger the sum has been on its way. Of 600,000 random tokens (12 of 768, 384
-    and 96 slots) 47 get another set of ids than float64 has without this, 10 with it; 10 in a float32 matmul, 24 in the
-    direct way, which starts each block at zero and has two bfloat16 parts.
+    and 96 slots) 47 get another set of ids than float64 has without this, 10 with it; 10 in a float32 matmul, 24 on the
+    direct path, which starts each block at zero and has two bfloat16 parts.
     """
     power = (acc.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # sign and power of two
     return acc + power * (steps * _CUT_OFF)
@@ -285,12 +287,12 @@ def _split(
     tl.store(out_ptrs, acc, mask=(t[:, None] < T) & (r[None, :] < R))
 
 
-def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Tensor:
+def router_partials(x_TH: Tensor, weight_RH: Tensor, schedule: RouterSchedule | None = None) -> Tensor:
     """x W^T, as accurate as a float32 matmul, in S sums that the reader adds in order.
 
-    x_TH: [T, H] bfloat16 or float16; weight_RH: [R, H] float32; the last dimension of both contiguous. `way` is for
-    measurements: the default is the fastest known one. No host synchronisation; one launch (T = 0: none; the split way:
-    two). The same input gives bitwise the same output.
+    x_TH: [T, H] bfloat16 or float16; weight_RH: [R, H] float32; the last dimension of both contiguous. `schedule` is
+    for measurements: the default is the fastest known one. There is no host synchronisation, and one launch (none for
+    T = 0, two on the split path). The same input gives bitwise the same output.
 
     Returns:
         [S, T, R] float32, contiguous; logits are its sum over S. Values that are not finite: see the top of this file.
@@ -306,25 +308,27 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     # A descriptor takes no rows that overlap, as those of an expanded tensor do.
     aligned = H % 8 == 0 and x_TH.stride(0) >= H and x_TH.stride(0) % 8 == 0 and x_TH.data_ptr() % 16 == 0
     gpu = gpu_of(x_TH.device)
-    way = way or choose_way(T, R, H, x_TH.dtype, aligned and gpu.takes_large_tiles, not gpu.tensor_memory)
-    tile = {"BLOCK_T": way.block_t, "BLOCK_R": way.block_r, "BLOCK_H": way.block_h}
+    schedule = schedule or router_schedule(
+        T, R, H, x_TH.dtype, aligned and gpu.takes_large_tiles, not gpu.tensor_memory
+    )
+    tile = {"BLOCK_T": schedule.block_t, "BLOCK_R": schedule.block_r, "BLOCK_H": schedule.block_h}
     options = launch_options(x_TH, len(x_TH))
-    launch = {"num_warps": way.warps, "num_stages": way.stages, **options}
+    launch = {"num_warps": schedule.warps, "num_stages": schedule.stages, **options}
     strides = (x_TH.stride(0), weight_RH.stride(0))
-    tiles_t, tiles_r = cdiv(T, way.block_t), cdiv(R, way.block_r)
-    slice_h = cdiv(cdiv(H, way.slices), way.block_h) * way.block_h
+    tiles_t, tiles_r = cdiv(T, schedule.block_t), cdiv(R, schedule.block_r)
+    slice_h = cdiv(cdiv(H, schedule.slices), schedule.block_h) * schedule.block_h
     S = cdiv(H, slice_h)
     out_STR = weight_RH.new_empty((S, T, R))
-    if way.path == "one":
+    if schedule.path == "one":
         _one[(tiles_r,)](x_TH, weight_RH, out_STR, T, R, H, *strides, **tile, **launch)
-    elif way.path == "direct":
+    elif schedule.path == "direct":
         _direct[(tiles_t * tiles_r, S)](x_TH, weight_RH, out_STR, T, R, H, *strides, slice_h, **tile, **launch)
     else:
         assert aligned
         high_RH = torch.empty((R, H), dtype=x_TH.dtype, device=x_TH.device)
         low_RH = torch.empty((R, H), dtype=torch.float16, device=x_TH.device)
         _split_weight[(R, cdiv(H, 2048))](weight_RH, high_RH, low_RH, H, weight_RH.stride(0), BLOCK=2048, **options)
-        block_TH, block_RH = [way.block_t, way.block_h], [way.block_r, way.block_h]
+        block_TH, block_RH = [schedule.block_t, schedule.block_h], [schedule.block_r, schedule.block_h]
         x_desc = TensorDescriptor(x_TH, [T, H], [x_TH.stride(0), 1], block_TH)
         high_desc = TensorDescriptor(high_RH, [R, H], [H, 1], block_RH)
         low_desc = TensorDescriptor(low_RH, [R, H], [H, 1], block_RH)
@@ -334,9 +338,9 @@ def router_partials(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> 
     return out_STR
 
 
-def router_logits(x_TH: Tensor, weight_RH: Tensor, way: Way | None = None) -> Tensor:
+def router_logits(x_TH: Tensor, weight_RH: Tensor, schedule: RouterSchedule | None = None) -> Tensor:
     """The sum of `router_partials` over S: [T, R] float32, contiguous. One more launch where S > 1."""
-    partial_STR = router_partials(x_TH, weight_RH, way)
+    partial_STR = router_partials(x_TH, weight_RH, schedule)
     S, T, R = partial_STR.shape
     if S == 1:
         return partial_STR[0]

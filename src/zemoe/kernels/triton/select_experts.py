@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import begin, launch_options
-from .tiles import cdiv, next_power_of_2
+from .tiles import MOST_CHOICES, MOST_SLOTS, cdiv, next_power_of_2
 
 # Below the key of every float but one NaN, -inf included.
 _TAKEN = tl.constexpr(-(2**31))
@@ -26,8 +26,6 @@ _LN2 = tl.constexpr(0.6931471805599453)
 # exp() of anything below is 0 in float32; a bound, for an infinity would turn the correction in _exp into a NaN.
 _EXP_IS_ZERO = tl.constexpr(-200.0)
 
-_MOST_SLOTS = 1024
-_MOST_CHOICES = 32
 # A row is cut into chunks, so that taking a slot out of it needs a look at one of them only; long rows into longer ones
 # (measured at 96, 384 and 768 slots).
 _CHUNK, _LONG_CHUNK, _LONG_ROW = 128, 256, 512
@@ -40,14 +38,14 @@ def _exp(x):
     """exp(x) for x <= 0 to about two roundings; tl.exp loses more the further x is from 0, by rounding x log2(e)."""
     x = tl.maximum(x, _EXP_IS_ZERO)
     power = x * _LOG2E
-    lost = tl.fma(x, _LOG2E, -power)
+    rest = tl.fma(x, _LOG2E, -power)
     result = tl.exp2(power)
-    return tl.fma(result, lost * _LN2, result)
+    return tl.fma(result, rest * _LN2, result)
 
 
 @triton.jit
 def _score(logit, largest, total, SCORING: tl.constexpr):
-    """Scores of logits; `largest` and `total` are the row's maximum and its sum of exponentials, for softmax."""
+    """Return scores of logits; `largest` and `total` are the row's maximum and its sum of exponentials, for softmax."""
     if SCORING == "softmax":
         return _exp(logit - largest) / total
     small = _exp(-tl.abs(logit))
@@ -61,21 +59,21 @@ def _score(logit, largest, total, SCORING: tl.constexpr):
 
 @triton.jit
 def _order(value):
-    """float32 to int32 of the same order. No value here is -0.0: scores and sums with them are not."""
+    """Turn float32 into int32 of the same order. No value here is -0.0: scores and sums with them are not."""
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _take_best(key, best, slot):
-    """The lowest slot whose key is `best`, and the keys without it."""
-    at = tl.min(tl.where(key == best, slot, _NO_SLOT))
-    return at, tl.where(slot == at, _TAKEN, key)
+    """Return the lowest slot whose key is `best`, and the keys without it."""
+    lowest = tl.min(tl.where(key == best, slot, _NO_SLOT))
+    return lowest, tl.where(slot == lowest, _TAKEN, key)
 
 
 @triton.jit
 def _limit_to_groups(choice, g, s, topk_group, HAS_BIAS: tl.constexpr):
-    """`choice` with -inf outside the `topk_group` best of the groups in its rows; equal groups by lower number."""
+    """Return `choice` with -inf outside the `topk_group` best of the groups in its rows; equal groups by lower number."""
     value = tl.max(choice, axis=1, keep_dims=True)
     if HAS_BIAS:
         first = tl.min(tl.where(choice == value, s, _NO_SLOT), axis=1, keep_dims=True)
@@ -128,8 +126,8 @@ def _route(
         is_nan |= (logit != logit).to(tl.int32)
         logits = logits + (logit,)
     largest = tl.max(largest)
-    lost = (tl.max(is_nan) != 0) | (largest == float("inf")) | (largest == -float("inf"))
-    largest = tl.where(lost, 0.0, largest)
+    invalid = (tl.max(is_nan) != 0) | (largest == float("inf")) | (largest == -float("inf"))
+    largest = tl.where(invalid, 0.0, largest)
     total = 0.0
     if SCORING == "softmax":
         exponentials = tl.zeros([BLOCK_G, BLOCK_S], dtype=tl.float32)
@@ -146,7 +144,7 @@ def _route(
         if HAS_BIAS:
             choice += tl.load(bias_ptr + slot, mask=exists & (slot < bias_length), other=0.0)
         choice = tl.where(logits[i] == -float("inf"), -float("inf"), choice)
-        choice = tl.where(lost, 0.0, choice)  # then the first K slots
+        choice = tl.where(invalid, 0.0, choice)  # then the first K slots
         if G > 1:
             choice = _limit_to_groups(tl.where(exists, choice, -float("inf")), g, s, topk_group, HAS_BIAS)
         # Even a NaN in the bias must not let a slot beyond A come before another.
@@ -164,14 +162,14 @@ def _route(
         for i in tl.static_range(1, CHUNKS):
             chunk = tl.where(bests[i] > best, i, chunk)
             best = tl.maximum(best, bests[i])
-        at = 0
+        taken = 0
         for i in tl.static_range(CHUNKS):
             if chunk == i:
-                at, key = _take_best(keys[i], best, place)
+                taken, key = _take_best(keys[i], best, place)
                 keys = keys[:i] + (key,) + keys[i + 1 :]
                 bests = bests[:i] + (tl.max(key),) + bests[i + 1 :]
-                at += i * BLOCK_S
-        chosen = tl.where(k == n, at, chosen)
+                taken += i * BLOCK_S
+        chosen = tl.where(k == n, taken, chosen)
 
     # Once more from memory: cheaper than to keep and search the row of scores.
     weight = _score(tl.load(row_ptr + chosen), largest, total, SCORING)
@@ -183,10 +181,10 @@ def _route(
     if RENORMALIZE != "none":
         kept = tl.sum(tl.where(k < K, weight, 0.0))
         weight = weight / tl.where(kept == 0.0, 1.0, kept)
-    weight = tl.where(lost, float("nan"), weight * scaling)
-    at = t.to(tl.int64) * K + k
-    tl.store(weights_ptr + at, weight, mask=k < K)
-    tl.store(ids_ptr + at, chosen.to(tl.int64), mask=k < K)
+    weight = tl.where(invalid, float("nan"), weight * scaling)
+    choice = t.to(tl.int64) * K + k
+    tl.store(weights_ptr + choice, weight, mask=k < K)
+    tl.store(ids_ptr + choice, chosen.to(tl.int64), mask=k < K)
 
 
 def select_experts(
@@ -202,7 +200,7 @@ def select_experts(
     topk_group: int | None = None,
     null_ranges: tuple[tuple[int, int], ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`zemoe.select_experts` on the device of its arguments, without gradients and without its checks.
+    """Do what `zemoe.select_experts` does on the device of the arguments, without gradients and without its checks.
 
     Args:
         logits_TA: [T, A] float32, A <= 1024; rows may lie apart, the values of a row may not.
@@ -223,9 +221,9 @@ def select_experts(
         ValueError: for logits that this kernel cannot take.
     """
     T, A = logits_TA.shape
-    if logits_TA.dtype != torch.float32 or A > _MOST_SLOTS or top_k > min(A, _MOST_CHOICES):
+    if logits_TA.dtype != torch.float32 or A > MOST_SLOTS or top_k > min(A, MOST_CHOICES):
         raise ValueError(
-            f"logits_TA must be float32 [T, A] with A <= {_MOST_SLOTS} and top_k <= min(A, {_MOST_CHOICES}), got "
+            f"logits_TA must be float32 [T, A] with A <= {MOST_SLOTS} and top_k <= min(A, {MOST_CHOICES}), got "
             f"{logits_TA.dtype} {tuple(logits_TA.shape)} and top_k={top_k}"
         )
     if logits_TA.stride(1) != 1:

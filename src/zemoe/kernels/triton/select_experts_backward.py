@@ -26,7 +26,7 @@ _BLOCK = 2048  # numbers of a program
 
 @triton.jit
 def _derivative(logit, SCORING: tl.constexpr):
-    """Of sigmoid and sqrtsoftplus; the latter has 0 where its root would have none."""
+    """Return the derivative of sigmoid or sqrtsoftplus, 0 where that of the latter does not exist."""
     small = _exp(-tl.abs(logit))
     sigmoid = tl.where(logit < 0, small, 1.0) / (1.0 + small)
     if SCORING == "sigmoid":
@@ -63,9 +63,9 @@ def _route_grad(
     logit_TA = tl.load(logits_ptr + t_T * stride + slot_A, mask=in_T & (slot_A < A), other=-float("inf"))
     largest_T = tl.max(logit_TA, 1, keep_dims=True)
     is_nan_T = tl.max((logit_TA != logit_TA).to(tl.int32), 1, keep_dims=True) != 0
-    lost_T = is_nan_T | (largest_T == float("inf")) | (largest_T == -float("inf"))
-    largest_T = tl.where(lost_T, 0.0, largest_T)
-    total_T = tl.where(lost_T, 1.0, tl.sum(_exp(logit_TA - largest_T), 1, keep_dims=True))
+    invalid_T = is_nan_T | (largest_T == float("inf")) | (largest_T == -float("inf"))
+    largest_T = tl.where(invalid_T, 0.0, largest_T)
+    total_T = tl.where(invalid_T, 1.0, tl.sum(_exp(logit_TA - largest_T), 1, keep_dims=True))
 
     choice_K = tl.arange(0, BLOCK_K)[None, :]
     chosen = in_T & (choice_K < K)
@@ -93,16 +93,16 @@ def _route_grad(
         dot_T = tl.sum(tl.where(chosen, dscore_TK * score_TK, 0.0), 1, keep_dims=True)
         dlogit_TA = -dot_T * _score(logit_TA, largest_T, total_T, SCORING)
         dlogit_TK = (dscore_TK - dot_T) * score_TK
-        if_lost = float("nan")
+        if_invalid = float("nan")
     else:
         dlogit_TA = tl.zeros([BLOCK_T, BLOCK_A], dtype=tl.float32)
         dlogit_TK = dscore_TK * _derivative(chosen_TK, SCORING)
-        if_lost = 0.0
-    dlogit_TA = tl.where(lost_T, if_lost, dlogit_TA)
+        if_invalid = 0.0
+    dlogit_TA = tl.where(invalid_T, if_invalid, dlogit_TA)
     dlogit_TA = tl.where(logit_TA == logit_TA, dlogit_TA, float("nan"))
     tl.store(out_ptr + t_T * A + slot_A, dlogit_TA, mask=in_T & (slot_A < A))
     tl.debug_barrier()
-    tl.store(out_ptr + t_T * A + id_TK, dlogit_TK, mask=chosen & (lost_T == 0))
+    tl.store(out_ptr + t_T * A + id_TK, dlogit_TK, mask=chosen & (invalid_T == 0))
 
 
 def select_experts_backward(
@@ -116,10 +116,10 @@ def select_experts_backward(
     scaling: float,
     null_ranges: tuple[tuple[int, int], ...] = (),
 ) -> Tensor:
-    """[T, A] float32: the gradient of the logits that `select_experts` was given, ids_TK being what it chose.
+    """Return [T, A] float32: the gradient of the logits that `select_experts` was given, ids_TK being what it chose.
 
-    grad_TK: contiguous float32, of its weights. The rest is as there. A lost token's logits get, as in torch, NaN from
-    softmax, and from the other scores 0, but for a NaN itself.
+    grad_TK: contiguous float32, of its weights. The rest is as there. Where a token has a NaN or +inf logit, or
+    only -inf, its logits get NaN from softmax as in torch, and from the other scores 0, but for a NaN itself.
     """
     (T, A), K = logits_TA.shape, ids_TK.shape[1]
     if logits_TA.stride(1) != 1:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .gpus import gpu_of
 
+MOST_SLOTS, MOST_CHOICES = 1024, 32  # what one program of select_experts can hold
+
 
 @dataclass(frozen=True)
 class Product:
-    """How one of the two products runs: block_m rows by block_n columns (GEMM1: of gate and of up each) by block_k.
+    """How a product runs: block_m rows by block_n columns (GEMM1: of gate and of up each) by block_k at a time.
 
     A block_m that is no power of two (GEMM1 only) is taken as two: 192 rows as 128 and, where a tile has more, 64.
 
@@ -39,8 +41,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a layer runs: block_m of the plan, both products, columns a program of the sum. block_m 1: one token.
+    """How the forward of a layer runs.
 
+    block_m: rows of a tile of the plan; 1 for a single token, whose kernels differ. gate_up, down: both products. block_h:
+    columns that a program of the sum takes.
     slices: parts of H in which the rows' outputs are made and summed, one after the other in the same memory.
     """
 
@@ -52,8 +56,8 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Backward:
-    """How the backward of a layer runs: its products, columns that the last launch takes at once.
+class BackwardSchedule:
+    """How the backward of a layer runs: its products, and the columns that its last launch takes at once (block_h).
 
     preact: rows of dout times w2. weight: block_m by block_n of a weight's gradient, the numbers of a token by those of
     a row, block_k rows at a time; never by descriptor.
@@ -67,12 +71,12 @@ class Backward:
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
+    """Return P: the most tiles of `block_m` rows that `num_rows` rows of `num_experts` experts can need."""
     return min(num_experts, num_rows) + num_rows // block_m
 
 
 def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
-    """block_m: rows of a tile of the first product.
+    """Return block_m: rows of a tile of the first product.
 
     While reading weights is what takes the time, enough that nearly every expert needs one tile. With many rows an
     expert 192, so that weights leave the cache less often.
@@ -87,24 +91,24 @@ def rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
 
 
 def training_rows_per_tile(num_tokens: int, top_k: int, num_slots: int) -> int:
-    """rows_per_tile where a backward follows, for which one token is not a case of its own."""
+    """Return rows_per_tile where a backward follows, for which one token is not a case of its own."""
     return max(rows_per_tile(num_tokens, top_k, num_slots), 16)
 
 
 def rows_of_products(block_m: int) -> tuple[int, int]:
-    """Rows of a tile of the first product and of the second, for which 192 rows are too many."""
+    """Return the rows of a tile of the first product and of the second, for which 192 rows are too many."""
     return block_m, min(block_m, 128)
 
 
 def _takes_descriptors(w13: Tensor, w2: Tensor) -> bool:
-    """Whether a descriptor's rows, which must be multiples of 16 bytes and start at one, are so; and the device."""
+    """Return whether weights are read by descriptor: their rows must be multiples of 16 bytes, and the GPU large enough."""
     _, H, I = w2.shape
     aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     return aligned and gpu_of(w13.device).takes_large_tiles
 
 
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
-    """The Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
+    """Return the Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
     E, two_i, H = w13.shape
     I = two_i // 2
     tma = _takes_descriptors(w13, w2)
@@ -139,49 +143,49 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
 
 
 def training_slices(num_rows: int, hidden_size: int) -> int:
-    """Schedule.slices where the forward keeps [N, 2I] for the backward: with two it needs no more memory than that.
+    """Return Schedule.slices where the forward keeps [N, 2I] for the backward: with two it needs no more memory than that.
 
     They are two launches more, so not where a slice saves less than 64 MiB.
     """
     return 2 if num_rows * hidden_size >= 2**26 and hidden_size % 16 == 0 else 1
 
 
-def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> Backward:
-    """The Backward of a layer whose plan has tiles of block_m rows, 16 or more."""
+def backward_schedule(block_m: int, w13: Tensor, w2: Tensor) -> BackwardSchedule:
+    """Return the BackwardSchedule of a layer whose plan has tiles of block_m rows, 16 or more."""
     tma = _takes_descriptors(w13, w2)
     block_h = min(_power_of_2(w13.shape[2]), 8192)
     block_m = rows_of_products(block_m)[1]
     if not tma:
         product = Product(block_m, 64, 64, 4 if block_m < 128 else 8, 3, False)
         weight = Product(64, 64, 64 if block_m > 16 else 32, 4, 3, False)
-        return Backward(product, weight, product, block_h)
+        return BackwardSchedule(product, weight, product, block_h)
     if block_m < 64:
         product = Product(block_m, 64, 128, 4, 3, True)
         weight = Product(128, 128, block_m, 8, 3, False)
-        return Backward(product, weight, product, block_h)
+        return BackwardSchedule(product, weight, product, block_h)
     if block_m == 64:
         product = Product(64, 128, 64, 4, 3, True)
         weight = Product(128, 128, 64, 8, 3, False)
-        return Backward(product, weight, product, block_h)
+        return BackwardSchedule(product, weight, product, block_h)
     weight = Product(128, 256, 64, 8, 3, False)
     processors = torch.cuda.get_device_properties(w13.device).multi_processor_count
     rows = Product(128, 256, 64, 8, 4, True, processors, True)
-    return Backward(Product(128, 256, 64, 8, 4, True), weight, rows, block_h)
+    return BackwardSchedule(Product(128, 256, 64, 8, 4, True), weight, rows, block_h)
 
 
 # triton's own two take microseconds a call, which adds up over the launches of a token.
 
 
 def cdiv(n: int, size: int) -> int:
-    """Parts of `size` that hold n."""
+    """Return how many parts of `size` hold n."""
     return -(-n // size)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of 2 that is no smaller than n."""
+    """Return the smallest power of 2 that is no smaller than n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _power_of_2(n: int) -> int:
-    """The smallest power of 2 that is no smaller than n, at least 16."""
+    """Return the smallest power of 2 that is no smaller than n, at least 16."""
     return max(16, next_power_of_2(n))
