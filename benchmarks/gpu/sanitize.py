@@ -40,9 +40,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=generator).to("cuda", dtype)
 
 
-def check(rows: Tensor, lost: set[int]) -> None:
+def check(rows: Tensor, with_nan: set[int]) -> None:
     """AssertionError unless those rows are NaN throughout and all others finite."""
-    expected = torch.tensor([row in lost for row in range(len(rows))])
+    expected = torch.tensor([row in with_nan for row in range(len(rows))])
     assert torch.equal(rows.isnan().all(-1).cpu(), expected)
     assert torch.equal(rows.isfinite().all(-1).cpu(), ~expected)
 

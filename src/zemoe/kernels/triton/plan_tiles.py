@@ -133,7 +133,7 @@ def _plan_few(
     BLOCK_P: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Some programs write BLOCK_P tiles each (the slowest work), then some place PLACED_T tokens each, then some make alpha
+    """Programs write BLOCK_P tiles each, the slowest work, then programs place PLACED_T tokens each, the last make alpha
     and beta.
     """
     begin(OVERLAP)
@@ -187,7 +187,7 @@ def _count_blocks(
     BLOCK_E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Count every expert's rows in a block a program, a line of rows [B, BLOCK_E]; then programs make alpha and beta."""
+    """Programs count each expert's rows in a block, a line of rows [B, BLOCK_E]; then programs make alpha and beta."""
     begin(OVERLAP)
     pid = tl.program_id(0)
     if pid < B:

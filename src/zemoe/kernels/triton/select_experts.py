@@ -73,7 +73,7 @@ def _take_best(key, best, slot):
 
 @triton.jit
 def _limit_to_groups(choice, g, s, topk_group, HAS_BIAS: tl.constexpr):
-    """Return `choice` with -inf outside the `topk_group` best of the groups in its rows; equal groups by lower number."""
+    """Return `choice` with -inf outside the `topk_group` best groups, its rows; equal groups by lower number."""
     value = tl.max(choice, axis=1, keep_dims=True)
     if HAS_BIAS:
         first = tl.min(tl.where(choice == value, s, _NO_SLOT), axis=1, keep_dims=True)
@@ -214,8 +214,8 @@ def select_experts(
         null_ranges: (first, stop) of the slots that weigh nothing under renormalize="nonnull".
 
     Returns:
-        (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A lost token (a NaN or
-        +inf logit, or only -inf) gets NaN weights and the ids 0 to K - 1.
+        (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A token with a NaN or
+        +inf logit, or only -inf, gets NaN weights and the ids 0 to K - 1.
 
     Raises:
         ValueError: for logits that this kernel cannot take.

@@ -43,8 +43,8 @@ class Product:
 class Schedule:
     """How the forward of a layer runs.
 
-    block_m: rows of a tile of the plan; 1 for a single token, whose kernels differ. gate_up, down: both products. block_h:
-    columns that a program of the sum takes.
+    block_m: rows of a tile of the plan; 1 for a single token, whose kernels differ. gate_up, down: both products.
+    block_h: columns that a program of the sum takes.
     slices: parts of H in which the rows' outputs are made and summed, one after the other in the same memory.
     """
 
@@ -101,14 +101,17 @@ def rows_of_products(block_m: int) -> tuple[int, int]:
 
 
 def _takes_descriptors(w13: Tensor, w2: Tensor) -> bool:
-    """Return whether weights are read by descriptor: their rows must be multiples of 16 bytes, and the GPU large enough."""
+    """Return whether weights are read by descriptor: if rows are multiples of 16 bytes, and on a large enough GPU."""
     _, H, I = w2.shape
     aligned = H % 8 == 0 and I % 8 == 0 and w13.data_ptr() % 16 == 0 and w2.data_ptr() % 16 == 0
     return aligned and gpu_of(w13.device).takes_large_tiles
 
 
 def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor) -> Schedule:
-    """Return the Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device. block_m: rows_per_tile's."""
+    """Return the Schedule of a layer with weights w13 [E, 2I, H], w2 [E, H, I] on a CUDA device.
+
+    block_m: what rows_per_tile returned.
+    """
     E, two_i, H = w13.shape
     I = two_i // 2
     tma = _takes_descriptors(w13, w2)
@@ -143,9 +146,9 @@ def schedule(block_m: int, num_tokens: int, top_k: int, w13: Tensor, w2: Tensor)
 
 
 def training_slices(num_rows: int, hidden_size: int) -> int:
-    """Return Schedule.slices where the forward keeps [N, 2I] for the backward: with two it needs no more memory than that.
+    """Return Schedule.slices where the forward keeps [N, 2I] for the backward.
 
-    They are two launches more, so not where a slice saves less than 64 MiB.
+    With two it needs no more memory than that. They are two launches more, so not where a slice saves under 64 MiB.
     """
     return 2 if num_rows * hidden_size >= 2**26 and hidden_size % 16 == 0 else 1
 
