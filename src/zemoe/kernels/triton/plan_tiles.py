@@ -133,8 +133,8 @@ def _plan_few(
     BLOCK_P: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Programs write BLOCK_P tiles each, the slowest work, then programs place PLACED_T tokens each, the last make alpha
-    and beta.
+    """Programs write BLOCK_P tiles each, the slowest work; then programs place PLACED_T tokens each; the last
+    make alpha and beta.
     """
     begin(OVERLAP)
     N = T * K
