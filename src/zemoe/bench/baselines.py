@@ -18,10 +18,10 @@ from torch import Tensor
 from ..experts import fused_experts
 from ..layer import MoE
 
-Call = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
-def _torch(layer: MoE) -> Call:
+def _torch(layer: MoE) -> Forward:
     config = layer.config
 
     def call(x_TH: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _torch(layer: MoE) -> Call:
     return call
 
 
-def _eager(layer: MoE, make_config: Any, make_module: Any) -> Call:
+def _eager(layer: MoE, make_config: Any, make_module: Any) -> Forward:
     """transformers' own module on the weights of `layer`, nothing copied.
 
     It would allocate rows of `gate_up_proj` for zero experts too, which it never reads; here it has none.
@@ -65,7 +65,7 @@ def _eager(layer: MoE, make_config: Any, make_module: Any) -> Call:
     return lambda x_TH: eager(x_TH[None])[0]
 
 
-def _vllm(layer: MoE, make_router: Any, experts: Any) -> Call:
+def _vllm(layer: MoE, make_router: Any, experts: Any) -> Forward:
     """What vLLM's LongCat layer does: a float32 product, its router for zero experts, its Triton experts, their sum.
 
     The router turns a zero choice into FFN expert 0 with weight 0 and keeps the zero experts' sum, scaled too, aside.
@@ -96,7 +96,7 @@ def _add_identities(y_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, real_TK: Ten
     return y_TH.addcmul_(x_TH, torch.where(real_TK, 0.0, weights_TK).sum(-1, keepdim=True))
 
 
-def _grouped(layer: MoE) -> Call:
+def _grouped(layer: MoE) -> Forward:
     """What one writes by hand: nothing waits for the device, and everything stays in 16 bits."""
     E = layer.config.num_experts
 
@@ -117,7 +117,7 @@ def _grouped(layer: MoE) -> Call:
     return call
 
 
-def _sonicmoe(layer: MoE, experts: Any, activations: Any) -> Call:
+def _sonicmoe(layer: MoE, experts: Any, activations: Any) -> Forward:
     E = layer.config.num_experts
     w1, w2 = layer.w13.permute(1, 2, 0), layer.w2.permute(1, 2, 0)  # views: it wants the experts last
 
@@ -148,7 +148,7 @@ def _sonicmoe(layer: MoE, experts: Any, activations: Any) -> Call:
     return call
 
 
-def _liger(layer: MoE, experts: Any) -> Call:
+def _liger(layer: MoE, experts: Any) -> Forward:
     E = layer.config.num_experts
 
     def call(x_TH: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Baseline:
 
     about: str
     module: str
-    adapt: Callable[..., Call]
+    adapt: Callable[..., Forward]
     parts: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda",)
 
@@ -193,7 +193,7 @@ class Baseline:
             return f"installed, but what zemoe calls is missing: {error}"
         return ""
 
-    def build(self, layer: MoE) -> Call:
+    def build(self, layer: MoE) -> Forward:
         """The call for one layer; it follows changes of the layer's weights and of its selection bias."""
         return self.adapt(layer, *self._loaded())
 

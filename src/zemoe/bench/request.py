@@ -48,7 +48,7 @@ class BenchRequest:
     commit: str | None = None
 
 
-class Plan(NamedTuple):
+class BenchSettings(NamedTuple):
     """A request with all defaults filled in. absent: baselines that can't be timed here, and why."""
 
     request: BenchRequest
@@ -113,21 +113,21 @@ def _main_memory(key: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
-def _check_memory(plan: Plan) -> None:
-    free = free_bytes(plan.device)
-    for case in plan.cases:
-        weights = case.weight_bytes(plan.dtype.itemsize)
-        inputs = plan.repeats * case.hidden_size * plan.dtype.itemsize
-        work = max(case.work_bytes(T, plan.dtype.itemsize) + T * inputs for T in plan.tokens(case))
+def _check_memory(settings: BenchSettings) -> None:
+    free = free_bytes(settings.device)
+    for case in settings.cases:
+        weights = case.weight_bytes(settings.dtype.itemsize)
+        inputs = settings.repeats * case.hidden_size * settings.dtype.itemsize
+        work = max(case.work_bytes(T, settings.dtype.itemsize) + T * inputs for T in settings.tokens(case))
         if free is not None and weights + work > free:
             raise CommandError(
                 f"{case.name} needs {weights / 1e9:.1f} GB of weights and up to {work / 1e9:.1f} GB to work in, but "
-                f"{plan.device} has {free / 1e9:.1f} GB left; take a smaller case or fewer --tokens",
+                f"{settings.device} has {free / 1e9:.1f} GB left; take a smaller case or fewer --tokens",
                 1,
             )
 
 
-def make_plan(request: BenchRequest) -> Plan:
+def settings_of(request: BenchRequest) -> BenchSettings:
     """Check all that can be said before anything is measured. Raises CommandError."""
     known = cases.load_cases()
     device = _full_device(request.device)
@@ -156,7 +156,7 @@ def make_plan(request: BenchRequest) -> Plan:
         if find_spec("matplotlib") is None:
             raise CommandError("--plot needs matplotlib, which is not installed: pip install 'zemoe[report]'", 1)
     absent = {name: BASELINES[name].why_absent(device.type) for name in dict.fromkeys(request.baselines)}
-    plan = Plan(
+    settings = BenchSettings(
         request=request,
         cases=[known[name] for name in dict.fromkeys(names)],
         device=device,
@@ -166,5 +166,5 @@ def make_plan(request: BenchRequest) -> Plan:
         baselines=[name for name, why in absent.items() if not why],
         absent={name: why for name, why in absent.items() if why},
     )
-    _check_memory(plan)
-    return plan
+    _check_memory(settings)
+    return settings

@@ -18,9 +18,9 @@ from ..experts import resolve_backend
 from ..layer import MoE
 from ..terminal import CommandError
 from . import check, timing
-from .baselines import Call
+from .baselines import Forward
 from .cases import Case
-from .request import Plan
+from .request import BenchSettings
 
 # Untimed rounds before: oneDNN builds its kernels in the first two.
 _WARMUP = {"cpu": 2, "cuda": 1}
@@ -54,11 +54,11 @@ class Work(NamedTuple):
 class Row:
     """One layer, its routing steered, at one T: inputs, checks, times."""
 
-    def __init__(self, plan: Plan, case: Case, layer: MoE, sides: dict[str, Call], tokens: int) -> None:
-        self.plan, self.case, self.layer, self.sides, self.tokens = plan, case, layer, sides, tokens
-        self.cuda = plan.device.type == "cuda"
+    def __init__(self, settings: BenchSettings, case: Case, layer: MoE, sides: dict[str, Forward], tokens: int) -> None:
+        self.settings, self.case, self.layer, self.sides, self.tokens = settings, case, layer, sides, tokens
+        self.cuda = settings.device.type == "cuda"
         self.replayed = self.cuda and tokens <= MOST_REPLAYED
-        self.rounds = plan.repeats + _WARMUP[plan.device.type]
+        self.rounds = settings.repeats + _WARMUP[settings.device.type]
         calls = self.rounds * (CALLS_A_GRAPH if self.replayed else 1)
         self.inputs = [self._input() for _ in range(calls)]
         self.what = f"{case.name} at T = {tokens}"
@@ -66,8 +66,8 @@ class Row:
         self.methods: dict[str, str] = {}
 
     def _input(self) -> Tensor:
-        x_TH = torch.randn(self.tokens, self.case.hidden_size, device=self.plan.device)
-        return x_TH.to(self.plan.dtype)
+        x_TH = torch.randn(self.tokens, self.case.hidden_size, device=self.settings.device)
+        return x_TH.to(self.settings.dtype)
 
     def _expected(self) -> check.Expected:
         for _ in range(100):
@@ -90,7 +90,7 @@ class Row:
 
     def _check(self, wanted: check.Expected) -> None:
         for name in list(self.sides):
-            _poison(self.plan.device)
+            _poison(self.settings.device)
             try:
                 out_TH = self.sides[name](self.inputs[0])
             except torch.OutOfMemoryError as error:
@@ -122,13 +122,13 @@ class Row:
             spent = timing.cuda_events(self.sides, self.inputs, after)
         else:
             spent = self._replays(wanted, after)
-        warmup = _WARMUP[self.plan.device.type]
+        warmup = _WARMUP[self.settings.device.type]
         return {name: values[warmup:] for name, values in spent.items()}
 
     def _replays(self, wanted: check.Expected, after: Callable[[], None]) -> dict[str, list[float]]:
         static = [x.clone() for x in self.inputs[:CALLS_A_GRAPH]]
         replays: dict[str, timing.Replay] = {}
-        others: dict[str, Call] = {}
+        others: dict[str, Forward] = {}
         for name, call in self.sides.items():
             if timing.waits_for_device(partial(call, static[0])):
                 others[name], self.methods[name] = call, "events"
@@ -145,19 +145,19 @@ class Row:
             return timing.cuda_events(others, [batch[0] for batch in batches], after)
         return timing.cuda_replays(replays, others, batches, after)
 
-    def work(self, at: timing.Ceilings) -> Work:
+    def work(self, ceilings: timing.Ceilings) -> Work:
         """What the layer had to do for the inputs that were timed."""
         case = self.case
-        sizes = {"hidden_size": case.hidden_size, "itemsize": self.plan.dtype.itemsize, "tokens": self.tokens}
-        router = timing.router_floor(at, slots=case.config.num_slots, **sizes)
-        chosen_A = torch.zeros(case.config.num_slots, dtype=torch.int64, device=self.plan.device)
+        sizes = {"hidden_size": case.hidden_size, "itemsize": self.settings.dtype.itemsize, "tokens": self.tokens}
+        router = timing.router_floor(ceilings, slots=case.config.num_slots, **sizes)
+        chosen_A = torch.zeros(case.config.num_slots, dtype=torch.int64, device=self.settings.device)
         floors, hits = [], []
         for x_TH in self.inputs:
             counts_A = torch.bincount(self.layer.router(x_TH).topk_ids_TK.flatten(), minlength=case.config.num_slots)
             counts_E = counts_A[: case.num_experts]
             rows, hit = int(counts_E.sum()), int(counts_E.count_nonzero())
             floor = timing.moe_floor(
-                at, ffn_rows=rows, experts_hit=hit, intermediate_size=case.intermediate_size, **sizes
+                ceilings, ffn_rows=rows, experts_hit=hit, intermediate_size=case.intermediate_size, **sizes
             )
             floors.append(floor + router)
             hits.append(hit)
@@ -172,9 +172,11 @@ class Row:
             top_share=int(chosen_E.amax()) / max(real, 1),
         )
 
-    def result(self, seconds: dict[str, list[float]], at: timing.Ceilings, zero_share: float | None) -> dict[str, Any]:
+    def result(
+        self, seconds: dict[str, list[float]], ceilings: timing.Ceilings, zero_share: float | None
+    ) -> dict[str, Any]:
         """What the table, the CSV and the JSON hold of this row."""
-        case, work = self.case, self.work(at)
+        case, work = self.case, self.work(ceilings)
         ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
         flops = 2 * work.ffn_rows * 3 * case.hidden_size * case.intermediate_size
         row: dict[str, Any] = {
@@ -184,12 +186,12 @@ class Row:
             "E": case.num_experts,
             "Z": case.num_zero_experts,
             "K": case.top_k,
-            "dtype": str(self.plan.dtype).removeprefix("torch."),
-            "backend": resolve_backend(self.plan.device, self.plan.dtype, num_experts=case.num_experts).name,
+            "dtype": str(self.settings.dtype).removeprefix("torch."),
+            "backend": resolve_backend(self.settings.device, self.settings.dtype, num_experts=case.num_experts).name,
             "T": self.tokens,
             "zero_share_asked": zero_share,
             "zero_share": work.zero_share,
-            "skew_asked": self.plan.request.skew,
+            "skew_asked": self.settings.request.skew,
             "skew": work.top_share,
             "experts_hit": work.experts_hit,
             "method": self.methods["zemoe"],
@@ -199,7 +201,7 @@ class Row:
             "floor_ratio": ms["zemoe"] / (1e3 * work.floor_seconds),
             "tflop_s": flops / ms["zemoe"] / 1e9,
         }
-        for name in self.plan.baselines:
+        for name in self.settings.baselines:
             row[f"{name}_method"] = self.methods.get(name) or self.left_out[name]
             row[f"{name}_ms"] = ms.get(name)
             row[f"{name}_best_ms"] = 1e3 * min(seconds[name]) if name in seconds else None

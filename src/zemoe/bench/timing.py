@@ -206,7 +206,7 @@ def cuda_ceilings(
 
 
 def moe_floor(
-    at: Ceilings,
+    ceilings: Ceilings,
     *,
     tokens: int,
     ffn_rows: int,
@@ -221,10 +221,10 @@ def moe_floor(
     """
     weight_elements = 3 * hidden_size * intermediate_size
     moved = itemsize * (experts_hit * weight_elements + 2 * tokens * hidden_size)
-    return max(moved / at.bytes_per_second, 2 * ffn_rows * weight_elements / at.flops_per_second)
+    return max(moved / ceilings.bytes_per_second, 2 * ffn_rows * weight_elements / ceilings.flops_per_second)
 
 
-def router_floor(at: Ceilings, *, tokens: int, slots: int, hidden_size: int, itemsize: int) -> float:
+def router_floor(ceilings: Ceilings, *, tokens: int, slots: int, hidden_size: int, itemsize: int) -> float:
     """Seconds that the router adds to `moe_floor`: its float32 weight read or its product computed.
 
     Where the hidden states have 16 bits, the product needs the weight in two parts of 16 bits each to be as good as a
@@ -232,4 +232,4 @@ def router_floor(at: Ceilings, *, tokens: int, slots: int, hidden_size: int, ite
     """
     parts = 2 if itemsize < 4 else 1
     flops = parts * 2 * tokens * hidden_size * slots
-    return max(4 * hidden_size * slots / at.bytes_per_second, flops / at.flops_per_second)
+    return max(4 * hidden_size * slots / ceilings.bytes_per_second, flops / ceilings.flops_per_second)
