@@ -17,7 +17,8 @@ from ..layer import MoE
 
 TOKENS = 4
 _CANDIDATES = 12
-# Of the largest score: a smaller gap between the last choice and the best slot left out is float32's to decide.
+# In units of the largest score. Where the last choice and the best slot left out are closer, rounding to float32
+# decides between them, and the token is not checked.
 _CLEAR_GAP = 1e-4
 _REFERENCE_ERRORS = 4  # the error that is allowed, in errors of the reference in the same dtype
 # Of float32: an error of a token's logits moves all of its weights together, so a few tokens say little about its size.
@@ -66,7 +67,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def expected(layer: MoE, x_TH: Tensor) -> Expected:
-    """Up to four tokens of `layer(x_TH)`, the first, the last and random ones; none where no choice is clear.
+    """Compute up to four tokens of `layer(x_TH)`: the first, the last and random ones; none where no choice is clear.
 
     They are routed in float64 too. What `allowed_error` says of the layer's own dtype (with routing in float32) is
     allowed, or a number of roundings of the router's logits where that is more.
@@ -122,7 +123,7 @@ def expected(layer: MoE, x_TH: Tensor) -> Expected:
 
 
 def judge(out_TH: Tensor, wanted: Expected) -> str:
-    """What is wrong with `out_TH`, "" if nothing is; without tokens to compare it need only be finite."""
+    """Return what is wrong with `out_TH`, "" if nothing is; without tokens to compare it need only be finite."""
     if not out_TH.isfinite().all():
         return "its output is not finite"
     if not wanted.tokens:

@@ -1,4 +1,4 @@
-"""One row of `zemoe bench`: a layer at one T, checked, timed, and beside its floor.
+"""One row of `zemoe bench`: a layer at one T is checked, timed and compared with the least time it could take.
 
 T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices a token.
 """
@@ -80,7 +80,7 @@ class Row:
         )
 
     def _right(self, name: str, out_TH: Tensor, wanted: check.Expected) -> bool:
-        """Whether a side's output is as it should be; a baseline's that is not is noted, zemoe's ends everything."""
+        """Return whether a side's output is right. A wrong baseline is noted; where zemoe is wrong, everything ends."""
         wrong = check.judge(out_TH, wanted)
         if wrong and name == "zemoe":
             raise CommandError(f"zemoe is wrong, {self.what}: {wrong}", 1)
@@ -103,7 +103,7 @@ class Row:
                 del self.sides[name]
 
     def seconds(self, reached: Callable[[float], None]) -> dict[str, list[float]]:
-        """Seconds a call and round of each side, once all of them have passed the check.
+        """Return the seconds of a call in each round, for each side, once all sides have passed the check.
 
         reached: called after each round with the share of them that is done.
         """
@@ -146,7 +146,7 @@ class Row:
         return timing.cuda_replays(replays, others, batches, after)
 
     def work(self, ceilings: timing.Ceilings) -> Work:
-        """What the layer had to do for the inputs that were timed."""
+        """Return what the layer had to do for the inputs that were timed."""
         case = self.case
         sizes = {"hidden_size": case.hidden_size, "itemsize": self.settings.dtype.itemsize, "tokens": self.tokens}
         router = timing.router_floor(ceilings, slots=case.config.num_slots, **sizes)
@@ -175,7 +175,7 @@ class Row:
     def result(
         self, seconds: dict[str, list[float]], ceilings: timing.Ceilings, zero_share: float | None
     ) -> dict[str, Any]:
-        """What the table, the CSV and the JSON hold of this row."""
+        """Return what the table, the CSV and the JSON hold of this row."""
         case, work = self.case, self.work(ceilings)
         ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
         flops = 2 * work.ffn_rows * 3 * case.hidden_size * case.intermediate_size
