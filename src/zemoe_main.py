@@ -1,8 +1,10 @@
-"""Where the `zemoe` command begins: signals and output streams, before anything large is imported.
+"""The `zemoe` command begins here. It sets up signals and output streams before anything large is imported.
 
-It is a module of its own because `import zemoe` imports torch, for seconds: a Ctrl-C in them would end in a traceback
-before a line of the package had run. Exit codes beside those of the commands: 130 after Ctrl-C, 143 after SIGTERM, 141
-where whoever read the output is gone, 1 where it can't be written.
+It is a module outside of the package because `import zemoe` imports torch, which takes seconds: a Ctrl-C in them would
+end in a traceback before a line of the package had run.
+
+Exit codes beside those of the commands: 130 after Ctrl-C, 143 after SIGTERM, 141 if whoever read the output is gone, 1
+if the output can't be written.
 """
 
 import os
@@ -17,31 +19,34 @@ except KeyboardInterrupt:
     os._exit(130)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SECONDS = 10  # to tidy up
-_AGAIN = 0.5  # seconds; an exception that nobody deals with by then was swallowed: numpy's imports do that
+_SECONDS = 10  # for tidying up after a signal
+_AGAIN = 0.5  # seconds; a signal's exception that nobody has dealt with by then was swallowed, as numpy's imports do
 _GONE = 128 + signal.SIGPIPE
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which whoever tidies up after Ctrl-C tidies up after too."""
+    """Is raised for SIGTERM. As a KeyboardInterrupt it reaches everyone who tidies up after Ctrl-C."""
 
 
 def _quiet(*_: object) -> None:
-    pass
+    """Show nothing of an exception, in place of the hooks that would print a traceback."""
 
 
 class _Signals:
-    """came: the first SIGINT or SIGTERM, 0 before. tidy: raise KeyboardInterrupt for it, instead of ending at once.
-    end: when whatever goes on is ended.
+    """Ends the process for SIGINT and SIGTERM: at once, or with time to tidy up.
+
+    came: the first of these signals that came, 0 before. tidy: whether KeyboardInterrupt is raised for it, instead of
+    ending the process at once. end: the time at which the process is ended if it is still tidying up.
     """
 
     def __init__(self) -> None:
         self.came, self.tidy, self.end = 0, False, 0.0
         for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as for what runs in the background of a shell, or nohup
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background jobs and nohup ignore some
                 signal.signal(number, self._take)
 
     def _take(self, number: int, frame: object) -> None:
+        """Handle a signal: raise for the first one if there is something to tidy up, otherwise end the process."""
         again, self.came = bool(self.came), self.came or number
         threading.excepthook = sys.excepthook = _quiet
         sys.unraisablehook = self._lost
@@ -56,17 +61,18 @@ class _Signals:
         return KeyboardInterrupt() if self.came == signal.SIGINT else _Terminated()
 
     def _look(self, *_: object) -> None:
-        """Called again and again: end what takes too long, and raise once more what was swallowed."""
+        """End what takes too long, and raise the exception once more if it was swallowed. A timer calls this."""
         if time.monotonic() > self.end:
             self._end()
-        error = sys.exc_info()[1]  # what an `except` or `finally` deals with just now, or what that came out of
+        # Somebody deals with our exception if it is the one that an `except` or `finally` is at, or a cause of that.
+        error = sys.exc_info()[1]
         while error is not None and not isinstance(error, KeyboardInterrupt):
             error = error.__cause__ or error.__context__
         if error is None and self.tidy:
             raise self._exception()
 
     def _lost(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Called back by compiled code, Python can't hand the exception on, and drops it."""
+        """End the process if our exception is dropped, as it is in a function that compiled code calls back."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._end()
 
@@ -77,7 +83,7 @@ class _Signals:
 
 
 def _show_cursor() -> None:
-    """On a terminal, where a progress display may have hidden it."""
+    """Show a terminal's cursor again, which a progress display may have hidden."""
     for descriptor in (1, 2):
         if os.isatty(descriptor):
             os.write(descriptor, b"\x1b[0m\x1b[?25h\n")
@@ -85,7 +91,7 @@ def _show_cursor() -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output. What can't be written ends the process, once: from then on all goes to /dev/null."""
+    """Standard output. If something can't be written the process ends; what is written after that goes to /dev/null."""
 
     def write(self, data) -> int | None:
         try:
@@ -94,12 +100,12 @@ class _Output(io.FileIO):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if not isinstance(error, BrokenPipeError):
                 _complain(f"standard output can't be written ({error.strerror})")
-            # No exception that anyone on the way takes for an error of his own.
+            # A SystemExit, for anyone on the way might take an OSError for one of his own.
             raise SystemExit(_GONE if isinstance(error, BrokenPipeError) else 1) from None
 
 
 class _Errors(io.FileIO):
-    """Standard error. What can't be written is dropped: there is nowhere to say so."""
+    """Standard error. What can't be written is dropped, for there is no place left to say so."""
 
     def write(self, data) -> int | None:
         try:
@@ -109,13 +115,17 @@ class _Errors(io.FileIO):
 
 
 def _complain(message: str) -> None:
+    """Write an error line to standard error."""
     print(f"zemoe: error: {message}", file=sys.stderr, flush=True)
 
 
 def _open_streams() -> None:
-    """SystemExit if there is no standard output. Standard error that is closed becomes /dev/null."""
+    """Open standard output and standard error anew.
+
+    Raise SystemExit if standard output is closed. Standard error that is closed becomes /dev/null.
+    """
     closed = sys.stdout is None
-    for descriptor in range(3):  # else the next file that is opened gets that number, and what is meant for the stream
+    for descriptor in range(3):  # the next file that is opened would get a free number, and the stream's text with it
         try:
             os.fstat(descriptor)
         except OSError:
@@ -124,7 +134,7 @@ def _open_streams() -> None:
         old = getattr(sys, name)
         encoding, by_line = (old.encoding, old.line_buffering) if old else ("utf-8", True)
         raw = io.BufferedWriter(kind(descriptor, "w", closefd=False))
-        # replace: a model may write what the encoding hasn't got
+        # "replace", because a model may write characters that the encoding hasn't got.
         stream = io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=by_line)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -134,7 +144,10 @@ def _open_streams() -> None:
 
 
 def _check_working_folder() -> None:
-    """SystemExit if it was deleted: there MKL ends the process with a line about files that are all right."""
+    """Raise SystemExit if the working folder was deleted.
+
+    MKL would end the process there, with a line about files that are all right.
+    """
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -143,7 +156,7 @@ def _check_working_folder() -> None:
 
 
 def main() -> int:
-    """Run the command line of this process; the exit code."""
+    """Run the command line of this process, and return its exit code."""
     signals = _Signals()
     code = 1
     try:
@@ -151,7 +164,7 @@ def main() -> int:
         _check_working_folder()
         from zemoe import cli
 
-        cli.app()  # what it imports; from here on there may be something to tidy up
+        cli.app()  # imports what it needs; only after that there may be something to tidy up
         signals.tidy = True
         code = cli.main()
         sys.stdout.flush()
@@ -169,4 +182,4 @@ def main() -> int:
     code = 128 + signals.came if code == 130 else code
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)  # what compiled code still does in threads is not waited for
+    os._exit(code)  # without waiting for threads of compiled code

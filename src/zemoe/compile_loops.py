@@ -1,4 +1,4 @@
-"""Compiling the CPU backend's loops before somebody measures how fast they are."""
+"""Compiles the CPU backend's loops before somebody measures how fast they are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from .config import MoEConfig
 from .kernels.topk import HAS_NUMBA
 from .layer import MoE
 
-# Tokens of a layer of 16 slots: by one loop from scores to sums; by one loop each; by several threads.
+# Numbers of tokens that make a layer of 16 slots use all of its loops: the one that does everything for few tokens, one
+# for each step for more, and those that share their work among threads.
 _TOKENS = (1, 40, 600, 4096)
 
 
 def compile_loops(device: torch.device, dtype: torch.dtype, *, gradients: bool = False) -> None:
-    """Have every loop compiled, or read from disk, that a layer with identity experts takes on torch's threads.
+    """Compile every loop that a layer with identity experts uses, or read it from disk where it was compiled before.
 
-    Where something is compiled, the logger "zemoe" says so at level INFO. Nothing happens without numba, or for
-    another device than a CPU.
+    When something is compiled, the logger "zemoe" says so at level INFO. Without numba, and for devices other than
+    CPUs, nothing happens.
 
     Args:
-        dtype: of the hidden states and the experts. gradients: for training as well.
+        dtype: of the hidden states and the experts. gradients: whether to compile the loops of training as well.
     """
     if device.type != "cpu" or not HAS_NUMBA:
         return

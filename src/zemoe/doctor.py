@@ -25,24 +25,27 @@ from .terminal import plain_table
 from .versions import TESTED, is_tested, range_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Every kind of zero-computation expert; an odd H and I, so that no vector width divides them; T * K rows for E experts,
-# of which one gets none.
+# A layer with every kind of zero-computation expert, an H and an I that no vector width divides, and an FFN expert that
+# no token chooses.
 _T, _H, _I, _E, _K = 8, 37, 19, 5, 4
 _KINDS = (("constant", 2), ("identity", 1), ("scaled_identity", 1), ("zero", 1))
 
 
 def _described(device: str) -> str:
-    """Name of a device, and whether the kernels of the triton backend were tuned on its kind."""
+    """Return a device's name, and whether the kernels of the triton backend were tuned on its kind."""
     name = device_name(device)
     return f"{name}; {gpus.about(torch.device(device))}" if device.startswith("cuda") else name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One backend on one device in one dtype.
+    """What was found out about one backend on one device in one dtype.
 
-    chosen: it is what computes there unless another one is asked for. usable, why: whether it can, and the reason.
-    error: the largest error of a tensor over what is allowed, None if not usable. what: that tensor. ok: error <= 1.
+    Attributes:
+        chosen: whether this backend computes there unless another one is asked for.
+        usable: whether it can compute there. why: the reason why it can't, or why it was chosen.
+        error: the largest error of a tensor, over the error that is allowed; None if the backend is not usable.
+        what: the tensor with that error. ok: whether `error` is at most 1.
     """
 
     device: str
@@ -57,7 +60,7 @@ class Check:
 
 
 class _Layer:
-    """A small layer: differentiable inputs, ids, and what to multiply the output with for the backward."""
+    """A small layer: its differentiable inputs, its ids, and a gradient of its output to begin the backward with."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -80,25 +83,29 @@ class _Layer:
         self.out_gradient = normal(_T, _H).to(dtype)
 
     def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Output and gradients by zemoe.reference, computed in `dtype`."""
+        """Return the output and the gradients as zemoe.reference computes them in `dtype`."""
         return self._both("cpu", reference.experts, {"dtype": dtype})
 
     def by_backend(self, device: str, backend: str) -> dict[str, Tensor]:
-        """Output and gradients by zemoe.fused_experts; the output alone of a backend without gradients."""
+        """Return the output and the gradients of zemoe.fused_experts.
+
+        Of a backend without gradients only the output.
+        """
         trained = BACKENDS[backend].moe_ffn is not None or BACKENDS[backend].train is not None
         return self._both(device, fused_experts, {"backend": backend}, trained=trained)
 
     def _both(
-        self, device: str, experts: Callable[..., Tensor], how: dict[str, Any], *, trained: bool = True
+        self, device: str, experts: Callable[..., Tensor], options: dict[str, Any], *, trained: bool = True
     ) -> dict[str, Tensor]:
+        """Call `experts` with and without gradients; what it gives, by a name for people."""
         leaves = {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in self.inputs.items()}
         x, w13, w2, weights, *affine = leaves.values()
-        how = how | {"num_experts": _E, "zero_expert_kinds": _KINDS, "affine_params": AffineParams(*affine)}
-        with torch.no_grad():  # a backend may have a way of its own where nothing is trained
-            untrained = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
+        options = options | {"num_experts": _E, "zero_expert_kinds": _KINDS, "affine_params": AffineParams(*affine)}
+        with torch.no_grad():  # a backend may compute in another way where nothing is trained
+            untrained = experts(x, w13, w2, weights, self.ids_TK.to(device), **options)
         if not trained:
             return {"output without gradients": untrained}
-        out = experts(x, w13, w2, weights, self.ids_TK.to(device), **how)
+        out = experts(x, w13, w2, weights, self.ids_TK.to(device), **options)
         gradients = torch.autograd.grad(out, list(leaves.values()), self.out_gradient.to(out))
         named = zip(leaves, gradients, strict=True)
         outputs = {"output": out.detach(), "output without gradients": untrained}
@@ -106,9 +113,10 @@ class _Layer:
 
 
 def _worst(result: dict[str, Tensor], exact: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest RMS error over the allowed one, and of which tensor; infinity where it isn't finite.
+    """Return the largest error, as a multiple of what is allowed, and the name of its tensor.
 
-    own: the results of the reference in the same dtype.
+    An error is the root of a mean square; one that isn't finite counts as infinite. exact: the results of the reference
+    in float64. own: its results in the backend's dtype, which say how much error that dtype costs.
     """
 
     def size(values: Tensor) -> float:
@@ -124,7 +132,7 @@ def _worst(result: dict[str, Tensor], exact: dict[str, Tensor], own: dict[str, T
 
 
 def _why_not(device: str, dtype: torch.dtype, backend: str) -> str:
-    """The reason why a backend can't be used there, "" if it can."""
+    """Return the reason why a backend can't compute there, "" if it can."""
     try:
         resolve_backend(device, dtype, backend)
     except ValueError as error:
@@ -133,13 +141,13 @@ def _why_not(device: str, dtype: torch.dtype, backend: str) -> str:
 
 
 def self_test() -> list[Check]:
-    """Every backend on every device in every dtype: forward and backward against the reference in float64."""
+    """Compare every backend on every device in every dtype, forward and backward, with the reference in float64."""
     checks = []
     for dtype in _DTYPES:
         layer = _Layer(dtype)
         exact, own = layer.by_reference(torch.float64), layer.by_reference(dtype)
         for device in usable_devices():
-            torch.empty(0, device=device)  # what a GPU can run is asked of one that is in use
+            torch.empty(0, device=device)  # begins to use it: only then is a GPU asked what it can run
             chosen = resolve_backend(device, dtype).name
             for name in BACKENDS:
                 where: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "backend": name}
@@ -155,7 +163,7 @@ def self_test() -> list[Check]:
 
 
 def examine() -> dict[str, Any]:
-    """All of it, as `zemoe doctor --json` prints it."""
+    """Find out all that `zemoe doctor --json` prints."""
     checks, installed = self_test(), versions()
     return {
         "ok": all(check.ok for check in checks),
@@ -174,7 +182,7 @@ def examine() -> dict[str, Any]:
 
 
 def findings(found: dict[str, Any]) -> list[Table]:
-    """The tables of `zemoe doctor`, from `examine`."""
+    """Make the tables of `zemoe doctor` out of what `examine` found."""
     installed = plain_table("versions")
     for name, version in found["versions"].items():
         tested = found["tested"].get(name)

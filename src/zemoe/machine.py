@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "triton", "nu
 
 
 def usable_devices() -> list[str]:
-    """Names of the devices that torch can compute on here: "cpu", and each accelerator with its number."""
+    """Return the names of the devices that torch can compute on here: "cpu", and each accelerator with its number."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ["cpu"]
@@ -24,7 +24,7 @@ def usable_devices() -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """{package: version}, None for one that isn't installed."""
+    """Return the version of each package by its name, None for one that isn't installed."""
     found: dict[str, str | None] = {"zemoe": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: str) -> str:
-    """What the machine calls it, or `device` itself where torch can't say."""
+    """Return what the machine calls a device, or `device` itself where torch can't say."""
     if device == "cpu":
         threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
         return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
@@ -44,14 +44,14 @@ def device_name(device: str) -> str:
 
 
 def processor_model() -> str | None:
-    """Return the name of the CPU's model as Linux tells it, None where it tells none."""
+    """Return the name of the CPU's model that Linux gives, None where it gives none."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def commit() -> str:
-    """The commit that this code comes from, with "-dirty" where files differ from it; "unknown" outside of git."""
+    """Return the commit that this code comes from, with "-dirty" if files differ from it, "unknown" outside of git."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
@@ -62,7 +62,7 @@ def commit() -> str:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An environment may lie inside of somebody else's repository: ours is one that knows this file.
+    # zemoe may be installed in a folder inside of another repository. Only our own has this file among its own.
     if git("ls-files", "--error-unmatch", str(here)) is None:
         return "unknown"
     return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"

@@ -1,4 +1,4 @@
-"""Error messages as one short line of plain characters, whatever names from files are in them."""
+"""Makes error messages one short line of plain characters, whatever names out of files they quote."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import unicodedata
 
 LONGEST = 500
 _CUT = " ... "
-# A terminal obeys them (Cc), or they hide or turn round what stands beside them (Cf, Zl, Zp), or they can't be written
-# at all (Cs, Co, Cn).
+# Unicode categories of characters that are written as escapes. A terminal obeys Cc. Cf, Zl and Zp can hide what stands
+# beside them or turn it round. Cs can't be encoded, and Co and Cn have no look of their own.
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def one_line(message: str, longest: int = LONGEST) -> str:
-    """`message` in one line of at most `longest` characters: control characters as escapes, the middle left out."""
-    if len(message) > 4 * longest:  # before the work on each character
+    """Return `message` as one line of at most `longest` characters.
+
+    Control characters become escapes. The middle of a message that is too long is left out.
+    """
+    if len(message) > 4 * longest:  # shortened first, for the work below takes its time for each character
         message = message[: 2 * longest] + _CUT + message[-2 * longest :]
     line = "".join(
         character.encode("unicode_escape").decode() if unicodedata.category(character) in _ESCAPED else character

@@ -1,7 +1,7 @@
-"""Reading files that anyone may have made: regular ones only, no more than expected, and JSON of a sane shape.
+"""Reads files that anyone may have made: only regular files, no more bytes than expected, and JSON without tricks.
 
-A fifo would wait for a writer for ever, a device such as /dev/zero has no end, and JSON may be nested deeper than a
-parser's stack or say a thing twice.
+A pipe would make us wait for a writer for ever, a device such as /dev/zero has no end, and JSON may be nested more
+deeply than a parser's stack, or give one key two values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 # Real files are smaller: the index of 560 B parameters has 6 MB, the largest tokenizers have 33 MB and 800,000 parts.
 MOST_JSON_BYTES = 2**25
-_MOST_PARTS = 2**21  # lists, objects and keys: parsed, `[{},{},...` takes 25 times its size
+_MOST_PARTS = 2**21  # lists, objects and keys; `[{},{},...` takes 25 times its size in memory, once it is parsed
 _DEEPEST = 64
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 def kind_of(path: str | Path) -> str:
-    """What is there, for people: "a file", "a folder", "a pipe", "nothing", "nothing (File name too long)" ..."""
+    """Say what is there, for people: "a file", "a folder", "a pipe", "nothing", "nothing (File name too long)" ..."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def kind_of(path: str | Path) -> str:
 
 
 def check_regular(path: str | Path) -> int:
-    """The size of a regular file, or of the one that `path` leads to; OSError for another kind. Never waits."""
+    """Return the size of a regular file, or of the one that a link leads to; OSError for anything else. Never waits."""
     try:
         found = os.stat(path)
     except ValueError as error:  # a zero byte in the path
@@ -50,20 +50,21 @@ def check_regular(path: str | Path) -> int:
 
 
 def read_bytes(path: str | Path, most: int | None = None) -> bytes:
-    """All of a regular file. OSError for another kind, or for more than `most` bytes."""
+    """Read all of a regular file. OSError for anything else, or if it has more than `most` bytes."""
     size = check_regular(path)
     if most is not None and size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     with open(path, "rb") as file:
-        return file.read(size)  # no more, also where it has no end and says so of none
+        return file.read(size)  # no more than it said it has, for some files in /proc have no end
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What went wrong, without the path and the number that `str` of an OSError repeats."""
+    """Say what went wrong, without the path and the error's number, which `str` of an OSError repeats."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object's entries; ValueError for a key that is there twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
@@ -73,11 +74,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
+    """Refuse NaN and Infinity, which Python reads as numbers and JSON doesn't have."""
     raise ValueError(f"{name} is no JSON")
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 says; ValueError that says why not: no JSON, a key twice, NaN, nested too deep."""
+    """Return the value of JSON in UTF-8.
+
+    ValueError, with the reason, if it is no JSON, has a key twice or a NaN, is nested too deeply or has too many parts.
+    """
     if content.startswith(b"\xef\xbb\xbf"):
         raise ValueError("it begins with a byte order mark")
     if sum(map(content.count, (b"[", b"{", b":"))) > _MOST_PARTS:
@@ -96,5 +101,5 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(path: str | Path, most: int = MOST_JSON_BYTES) -> Any:
-    """`parse_json` of a regular file of at most `most` bytes. Raises OSError, ValueError."""
+    """Read and parse a regular file of at most `most` bytes; errors are those of `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, most))

@@ -1,4 +1,4 @@
-"""What the commands show on a terminal has in common: consoles, colours, figures, and errors that end a command."""
+"""What all commands use to show something on a terminal: consoles, colours, figures, and errors that end a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .messages import one_line
 
-# From little to much work; text in the colour that stands out on it.
+# Backgrounds from little to much work, each with a colour in which text stands out on it.
 SHADES = (
     ("#201a36", "#b9b4d0"),
     ("#43255e", "#d9cfe8"),
@@ -22,11 +22,11 @@ SHADES = (
 )
 BAR_COLOR = "#ea7a2c"
 _BAR_CELLS = 20
-_NO_WIDTH = 1000  # of a file or a pipe: nothing is wrapped
+_NO_WIDTH = 1000  # the width of a file or a pipe, so that no line is wrapped there
 
 
 def open_console(file: IO[str]) -> Console:
-    """A rich console; it writes no escape code at all with NO_COLOR, or if `file` is not a terminal."""
+    """Make a rich console. With NO_COLOR, or if `file` is not a terminal, it writes no escape code at all."""
     no_color = bool(os.environ.get("NO_COLOR"))  # set and not empty; rich 13 looks only whether it is set
     console = Console(file=file, highlight=False, no_color=no_color)
     if no_color or not console.is_terminal or console.is_dumb_terminal:
@@ -36,7 +36,7 @@ def open_console(file: IO[str]) -> Console:
 
 
 def bar(share: float, ascii_only: bool) -> str:
-    """A bar of up to 20 cells for a share of 1, in eighths of a cell."""
+    """Draw a share from 0 to 1 as a bar of up to 20 cells, to an eighth of a cell (to a cell, in ASCII)."""
     eighths = round(share * _BAR_CELLS * 8)
     if ascii_only:
         return "#" * round(share * _BAR_CELLS)
@@ -44,13 +44,13 @@ def bar(share: float, ascii_only: bool) -> str:
 
 
 def plain_table(title: str | None = None) -> Table:
-    """A table without lines and headers."""
+    """Make a table without lines and headers."""
     look: dict[str, Any] = {"box": None, "show_header": False, "padding": (0, 1), "pad_edge": False}
     return Table(title=title, title_justify="left", title_style="bold", **look)
 
 
 def figures(value: float | None, digits: int = 3) -> str:
-    """`value` with so many significant digits and never an exponent; a dash for None."""
+    """Write `value` with so many significant digits, and never with an exponent; a dash for None."""
     if value is None:
         return "-"
     if value == 0:
@@ -64,7 +64,7 @@ def figures(value: float | None, digits: int = 3) -> str:
 
 
 class CommandError(Exception):
-    """What ends a command: one line that says what to do, and the exit code."""
+    """Ends a command with one line that says what to do, and with an exit code."""
 
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(one_line(message))

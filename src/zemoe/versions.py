@@ -1,4 +1,4 @@
-"""Which versions of others' packages zemoe is tested with, and one warning where another one is met.
+"""The versions of other packages that zemoe is tested with, and a warning about any other version.
 
 pyproject.toml, constraints*.txt and the Makefile name the same versions; tests/test_versions.py compares them.
 """
@@ -11,7 +11,8 @@ from functools import cache
 
 Version = tuple[int, ...]
 
-# package: the oldest and the newest, to as many numbers as count; what follows them doesn't.
+# The oldest and the newest version of each package. Numbers after those that are given here don't matter: 2.14.1 is a
+# version 2.14.
 TESTED: dict[str, tuple[Version, Version]] = {
     "torch": ((2, 11), (2, 14)),
     "transformers": ((5, 17), (5, 24)),
@@ -27,12 +28,12 @@ class UntestedVersionWarning(UserWarning):
 
 
 def range_of(package: str) -> str:
-    """For example "5.17 to 5.24". package: one of TESTED."""
+    """Return the versions of a package of TESTED that were tested, such as "5.17 to 5.24"."""
     return " to ".join(".".join(map(str, bound)) for bound in TESTED[package])
 
 
 def is_tested(package: str, version: str) -> bool:
-    """Whether `version`, such as "2.14.1+cu130", lies in the range of `package`. One without numbers doesn't."""
+    """Say whether `version`, such as "2.14.1+cu130", was tested. One that begins with no number was not."""
     oldest, newest = TESTED[package]
     numbers = re.match(r"\d+(\.\d+)*", version)
     if numbers is None:
@@ -42,7 +43,7 @@ def is_tested(package: str, version: str) -> bool:
 
 @cache
 def warn_if_untested(package: str, version: str) -> None:
-    """Warn once a process with UntestedVersionWarning if `package` is of a version outside of its range."""
+    """Warn with UntestedVersionWarning, once a process, if this version of `package` was not tested."""
     if not is_tested(package, version):
         warnings.warn(
             f"zemoe was tested with {package} {range_of(package)}, and this is {version}",
