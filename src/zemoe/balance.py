@@ -18,6 +18,9 @@ all losses share:
   that a loss made of what was observed has no gradient (`loss.requires_grad` is False).
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

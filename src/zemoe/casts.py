@@ -4,6 +4,9 @@ bfloat16 keeps 8 bits of a selection bias whose steps are smaller than that, and
 experts.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -11,6 +11,9 @@ in each batch how many choices would change.
 docs/specification.md, "Selection-bias controllers", has it beside the others.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math
@@ -126,10 +129,10 @@ class BudgetController:
             mask_T = masks[batch] if isinstance(masks, Mapping) else masks
             valid_T = valid_tokens(mask_T, routing.logits_TA)
             new.append((layer, K, self._measure(routing, biases[layer], valid_T)))
-        for layer, K, measured in new:
+        for layer, choices, measured in new:
             known = self._measured.get(layer)
             self._measured[layer] = measured if known is None else known + measured
-            self._choices[layer] = K
+            self._choices[layer] = choices
 
     def _measure(self, routing: Routing, bias: Tensor, valid_T: Tensor) -> Tensor:
         """Return the histogram of shifts, the choices by slot and the sums of one Routing, as one float64 tensor."""

@@ -11,6 +11,9 @@ Legend: T tokens, H hidden size, I expert width, E FFN experts, Z zero-computati
 K choices a token, C constant experts, S scaled_identity experts. Ids 0..E-1 are FFN experts, E..A-1 are not.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

@@ -6,6 +6,9 @@ Everything is counted and kept on the device. Only `_to_host` copies numbers to 
 `RoutingTally.statistics` and `BiasTrajectory.to_dict` call it, once each: call these when a line is logged.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math
@@ -333,7 +336,8 @@ def gradient_ratios(balance_loss: Tensor, lm_loss: Tensor, parameters: Mapping[s
     norms = []
     for loss in (balance_loss, lm_loss):
         grads = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-        norms.append([t.new_zeros(()) if g is None else g.norm() for g, t in zip(grads, tensors, strict=True)])
+        unused = [grad is None for grad in grads]  # pyright: ignore[reportUnnecessaryComparison] - allow_unused
+        norms.append([t.new_zeros(()) if no else g.norm() for g, t, no in zip(grads, tensors, unused, strict=True)])
     return {name: (over / under).detach() for name, over, under in zip(names, *norms, strict=True)}
 
 

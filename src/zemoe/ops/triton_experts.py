@@ -112,7 +112,8 @@ def _moe_ffn_tiles_cuda(
     from ..kernels.triton.moe_ffn_tiles import moe_ffn_tiles
 
     plan, affine = (row_token, slot_row, offsets, tiles), (alpha, beta, value)
-    schedule = tile_sizes.schedule(block_m, *slot_row.shape, w13, w2)
+    T, K = slot_row.shape
+    schedule = tile_sizes.schedule(block_m, T, K, w13, w2)
     return moe_ffn_tiles(x, weights, *plan, w13, w2, affine, activation, schedule)
 
 
