@@ -207,6 +207,7 @@ class TestSkipped:
         run(EVERY, inputs, backend).square().sum().backward()
         for leaf in (x, w13, w2, weights, *affine):
             assert leaf.grad.isfinite().all()
+        assert (weights.grad[skipped] == 0).all()
 
 
 # ----------------------------------------------------------------------------------------------- row 4: NaN and +inf
