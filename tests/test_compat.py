@@ -1,4 +1,4 @@
-"""torch's private names: they stand in `_compat.py` alone, and each still tells what that file says of it."""
+"""Private names: of torch in `_compat.py` alone, each telling what it says, of transformers in its `private.py`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def test_only_compat_uses_private_names_of_torch():
 def test_the_rule_finds_private_names(line):
     assert private_names_of_torch(line)
     assert not private_names_of_torch("import torch, os\nclass A:\n    _b = torch.nn.Linear\n    c = os._exit, _b.x\n")
+
+
+def private_attributes_of_others(source: str) -> set[str]:
+    """Attributes with one underscore of anything but `self`, `cls` and `super()`, and private names imported."""
+    tree = ast.parse(source)
+    found = {
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr[0] == "_"
+        and node.attr[:2] != "__"
+        and ast.unparse(node.value) not in ("self", "cls", "super()")
+    }
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    return found | {alias.name for node in imported for alias in node.names if alias.name[0] == "_"}
+
+
+def test_only_private_uses_private_names_of_transformers():
+    folder = ROOT / "integrations" / "transformers"
+    found = {
+        path.name for path in folder.glob("*.py") if private_attributes_of_others(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"private.py"}
+    assert private_attributes_of_others("from transformers.x import _y") == {"_y"}
+    assert private_attributes_of_others("self.model._z, self._own, super()._own()") == {"self.model._z"}
 
 
 def test_forward_mode_is_seen_inside_of_its_level_only():

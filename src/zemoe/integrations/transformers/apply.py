@@ -7,14 +7,10 @@ from contextlib import contextmanager
 
 from transformers.monkey_patching import get_patch_mapping
 
-from . import by_name as by_name
-from . import conversions as conversions
-from .layers import (
-    StockMoE,
-    ZeroExpertLongcatMoE,
-    modeling,
-)
+from . import by_name, conversions
+from .layers import StockMoE, ZeroExpertLongcatMoE, modeling
 from .patch import STOCK_CAN_COMPILE
+from .private import set_can_compile
 
 # For DistributedConfig(ep_size=..., ep_plan=EP_PLAN), whole experts on each rank: transformers has no such plan itself.
 EP_PLAN = {
@@ -48,7 +44,7 @@ def apply() -> None:
         raise RuntimeError(f"a patch mapping is registered for {sorted(taken)}; unregister it first")
     try:
         conversions.install()
-        modeling.LongcatFlashPreTrainedModel._can_compile_fullgraph = True
+        set_can_compile(modeling.LongcatFlashPreTrainedModel, True)
         modeling.LongcatFlashMoE = ZeroExpertLongcatMoE
     except BaseException:
         unapply()
@@ -59,7 +55,7 @@ def unapply() -> None:
     """Undo `apply`. Models that have our layers keep them (and save as before); `unpatch_` takes them out."""
     if is_applied():
         modeling.LongcatFlashMoE = StockMoE
-    modeling.LongcatFlashPreTrainedModel._can_compile_fullgraph = STOCK_CAN_COMPILE
+    set_can_compile(modeling.LongcatFlashPreTrainedModel, STOCK_CAN_COMPILE)
     if not is_registered():
         conversions.remove()
 

@@ -19,6 +19,12 @@ from transformers.modeling_utils import PreTrainedModel
 from ...experts import fused_experts
 from .layers import modeling
 from .patch import patch_, unpatch_
+from .private import (
+    has_default_gate,
+    implementation_name,
+    note_implementation_name,
+    unregister_experts_function,
+)
 
 NAME = "zemoe"
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
@@ -54,7 +60,7 @@ def _unsupported(experts: Any) -> str | None:
         return "their weights are not laid out as [E, 2I, H] and [E, H, I], gate rows first"
     if getattr(experts, "has_post_expert_norm", False):
         return "they normalise after the expert"
-    if type(experts)._apply_gate is not moe._default_apply_gate:
+    if not has_default_gate(experts):
         return "they have a gate of their own"
     if activation_of(experts.act_fn) is None:
         name = getattr(experts.act_fn, "__name__", type(experts.act_fn).__name__)
@@ -88,7 +94,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 def _post_init(model: Any) -> None:
     """Stock's layers are there and empty, on the meta device if a checkpoint follows."""
     PreTrainedModel.post_init(model)
-    if model.config._experts_implementation == NAME:
+    if implementation_name(model.config) == NAME:
         patch_(model)
 
 
@@ -104,13 +110,13 @@ def _get_correct_experts_implementation(model: Any, requested_experts: str | Non
 def _set_experts_implementation(model: Any, experts_implementation: str | dict[str, str] | None) -> None:
     asked = experts_implementation
     if isinstance(asked, dict):  # by name of a part of the config; "" is the whole
-        asked = asked.get("", model.config._experts_implementation)
+        asked = asked.get("", implementation_name(model.config))
     name = model.get_correct_experts_implementation(asked)
     if name == NAME:
         patch_(model)
     else:
         unpatch_(model)
-    model.config._experts_implementation_internal = name
+    note_implementation_name(model.config, name)
 
 
 _HOOKS = {
@@ -141,4 +147,4 @@ def remove() -> None:
         if vars(_Longcat).get(name) is hook:
             delattr(_Longcat, name)
     if is_registered():
-        del type(moe.ALL_EXPERTS_FUNCTIONS)._global_mapping[NAME]
+        unregister_experts_function(NAME)

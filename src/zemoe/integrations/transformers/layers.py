@@ -31,6 +31,7 @@ from ...routing import Routing, RoutingModule, router_logits, select_experts
 from ...separate_experts import LoadsSeparateExperts
 from ...versions import warn_if_untested
 from ..engines.zero_choices import without_zero_choices
+from .private import MarkedForExpertParallelism, is_expert_parallel
 
 warn_if_untested("transformers", transformers.__version__)
 
@@ -117,7 +118,7 @@ def expert_rank(mesh: DeviceMesh) -> int:
     return mesh.get_local_rank(None if mesh.ndim == 1 else "ep")
 
 
-class ZeroExpertLongcatExperts(LoadsSeparateExperts, StockExperts):
+class ZeroExpertLongcatExperts(LoadsSeparateExperts, MarkedForExpertParallelism, StockExperts):
     """The experts: `gate_up_proj` [E, 2I, H] without rows for zero experts, `down_proj` [E, H, I], one fused op.
 
     The identity experts' weights go through `identity_expert`, where a tensor-parallel plan divides by the number of
@@ -126,8 +127,7 @@ class ZeroExpertLongcatExperts(LoadsSeparateExperts, StockExperts):
 
     backend: str | None
     activation: str
-    num_experts: int  # of this rank, under expert parallelism
-    _is_expert_parallel = False  # transformers sets both where its plan divides the experts
+    num_experts: int  # of this rank; transformers sets it where its plan divides the experts
 
     def __init__(self, config: Any) -> None:
         nn.Module.__init__(self)  # stock's would allocate rows for the zero experts
@@ -159,7 +159,7 @@ class ZeroExpertLongcatExperts(LoadsSeparateExperts, StockExperts):
         Under expert parallelism those of this rank's experts: an id past them is another rank's, and zero experts were
         taken out before.
         """
-        if self._is_expert_parallel:
+        if is_expert_parallel(self):
             skipped = top_k_index >= self.num_experts
             if not top_k_weights.requires_grad:
                 skipped = skipped | (top_k_weights == 0)
@@ -197,7 +197,7 @@ class ZeroExpertLongcatMoE(StockMoE):
         """hidden_states: [..., H]; the same shape and dtype out."""
         _, topk_weights, topk_ids = self.router(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if getattr(self._own_experts(), "_is_expert_parallel", False):
+        if is_expert_parallel(self._own_experts()):
             return unflatten(self._across_ranks(x_TH, topk_ids, topk_weights), hidden_states.shape)
         return unflatten(self.experts(x_TH, topk_ids, topk_weights), hidden_states.shape)
 

@@ -29,6 +29,7 @@ from ...checkpoints.longcat import original_layout, transformers_layout
 from .apply import applied
 from .layers import layer_config, modeling
 from .patch import longcat_layers, patch_
+from .private import build
 from .values import WRONG_VALUE
 
 
@@ -210,7 +211,7 @@ def load_dequantized(
     Memory beside the model: one weight and all blocks' factors.
     """
     with no_init_weights():
-        model = modeling.LongcatFlashForCausalLM._from_config(config, dtype=dtype)
+        model = build(modeling.LongcatFlashForCausalLM, config, dtype)
     make_head(model, on_disk="lm_head.weight" in manifest.weights.tensors)
     for name, tensor in original_layout(stream_dequantized(manifest, dtype), config.n_routed_experts):
         place(model, name).copy_(tensor)

@@ -31,6 +31,7 @@ from ...checkpoints.files import (
     stream_tensors,
 )
 from .moepp_model import ZERO_EXPERTS, MoEPlusPlusConfig, MoEPlusPlusForCausalLM
+from .private import build
 from .values import WRONG_VALUE, of_the_architecture
 
 _COUNTS = (
@@ -155,7 +156,7 @@ def _checked_tensors(folder: Path, config: MoEPlusPlusConfig) -> dict[str, Tenso
     check_counts(source, counts, found)
     try:
         with torch.device("meta"), no_init_weights():
-            model = MoEPlusPlusForCausalLM._from_config(config, dtype=torch.float32)
+            model = build(MoEPlusPlusForCausalLM, config, torch.float32)
     except WRONG_VALUE as error:
         raise CheckpointError(f"{source}: {error}") from error
     model.tie_weights()
@@ -187,7 +188,7 @@ def load_moepp(
     wanted = config.dtype or torch.float32 if dtype == "auto" else dtype
     found = _checked_tensors(folder, config)
     with no_init_weights():
-        model = MoEPlusPlusForCausalLM._from_config(config, dtype=wanted)
+        model = build(MoEPlusPlusForCausalLM, config, wanted)
     model.tie_weights()
     places = published_tensors(model)
     for name, tensor in stream_tensors(folder, found):

@@ -25,8 +25,9 @@ from .layers import (
     layer_config,
     modeling,
 )
+from .private import can_compile, set_can_compile
 
-STOCK_CAN_COMPILE = modeling.LongcatFlashPreTrainedModel._can_compile_fullgraph
+STOCK_CAN_COMPILE = can_compile(modeling.LongcatFlashPreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -182,4 +183,4 @@ def _to_stock(layers: dict[str, Any]) -> None:
 def _set_can_compile(model: nn.Module, value: bool) -> None:
     for module in model.modules():
         if isinstance(module, modeling.LongcatFlashPreTrainedModel):
-            module._can_compile_fullgraph = value
+            set_can_compile(module, value)
