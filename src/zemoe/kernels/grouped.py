@@ -1,8 +1,8 @@
 """The `torch` backend: sort and `torch.nn.functional.grouped_mm`, on any device.
 
 T tokens, H hidden size, I expert width, O rows of a weight, E FFN experts, K choices, N = T * K, the static bound on
-the rows. In bfloat16 nothing here waits for the device: rows past the last offset are gathered but multiplied by
-nobody, and what grouped_mm leaves in them is masked.
+the rows. In bfloat16 nothing here waits for the device: padding rows, those past the last offset, are gathered but not
+multiplied, and what grouped_mm leaves in them is masked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST_EXPERTS = 1024  # that it takes on a GPU
 
 
 def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan, on any device; all int64."""
+    """Return (row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan, on any device; all int64."""
     M, K = topk_ids_MK.shape
     ids_N = topk_ids_MK.reshape(-1)
     expert_N = torch.where((ids_N < 0) | (ids_N >= num_experts), num_experts, ids_N)
@@ -33,7 +33,7 @@ def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Te
 
 
 def _aligned(matrix: Tensor, *dims: int) -> Tensor:
-    """`matrix` with zeros appended in `dims` until its strides suit grouped_mm; itself where they already do."""
+    """Return `matrix` with zeros appended in `dims` until its strides suit grouped_mm; itself where they already do."""
     multiple = _ALIGN_BYTES // matrix.element_size()
     missing = [-matrix.shape[dim] % multiple if dim in dims else 0 for dim in range(matrix.ndim)]
     if any(missing):
@@ -43,7 +43,7 @@ def _aligned(matrix: Tensor, *dims: int) -> Tensor:
 
 
 def _has_grouped_mm(tensor: Tensor, num_experts: int) -> bool:
-    """Whether torch's grouped_mm takes rows of this kind without waiting for the device.
+    """Return whether torch's grouped_mm takes rows of this kind without waiting for the device.
 
     On a GPU it needs bfloat16 and at most 1024 experts; on a CPU float64 is missing.
     """
@@ -53,7 +53,7 @@ def _has_grouped_mm(tensor: Tensor, num_experts: int) -> bool:
 
 
 def linear(rows_NH: Tensor, weight_EOH: Tensor, expert_offsets: Tensor) -> Tensor:
-    """[N, O]: row n times the transposed weight of its expert; 0 in the rows of no expert."""
+    """Return [N, O]: row n times the transposed weight of its expert; 0 in padding rows."""
     N, O = rows_NH.shape[0], weight_EOH.shape[1]
     if not N or not _has_grouped_mm(rows_NH, len(weight_EOH)):
         product = rows_NH.new_zeros((N, O))
@@ -63,12 +63,12 @@ def linear(rows_NH: Tensor, weight_EOH: Tensor, expert_offsets: Tensor) -> Tenso
         return product
     ends_E = expert_offsets[1:].to(torch.int32)
     product = F.grouped_mm(_aligned(rows_NH, 1), _aligned(weight_EOH, 1, 2).mT, offs=ends_E)[:, :O]
-    nobody_N = torch.arange(N, device=rows_NH.device) >= expert_offsets[-1]
-    return product.masked_fill(nobody_N[:, None], 0.0)
+    padding_N = torch.arange(N, device=rows_NH.device) >= expert_offsets[-1]
+    return product.masked_fill(padding_N[:, None], 0.0)
 
 
 def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
-    """[E, O, H]: for each expert the sum over its rows of left_n (x) right_n; 0 for an expert without rows."""
+    """Return [E, O, H]: for each expert the sum over its rows of left_n (x) right_n; 0 for an expert without rows."""
     O, H = left_NO.shape[1], right_NH.shape[1]
     E = expert_offsets.shape[0] - 1
     if not left_NO.shape[0] or not _has_grouped_mm(left_NO, E):
@@ -84,14 +84,14 @@ def outer(left_NO: Tensor, right_NH: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 def gather_rows(x_TH: Tensor, row_token_N: Tensor, slot_row_TK: Tensor) -> Tensor:
-    """[N, H]: the token of each row."""
+    """Return [N, H]: the token of each row."""
     return x_TH[row_token_N]
 
 
 def sum_rows(rows_NH: Tensor, slot_row_TK: Tensor, row_token_N: Tensor) -> Tensor:
-    """[T, H]: the sum of each token's rows in the order of its choices, at least in float32.
+    """Return [T, H]: the sum of each token's rows in the order of its choices, at least in float32.
 
-    The rows of nobody must be 0: where a choice has no row (-1), row N - 1 is such a one, and -1 means that.
+    Padding rows must be 0: where a choice has no row (-1), row N - 1 is a padding row, and index -1 means that one.
     """
     T, K = slot_row_TK.shape
     dtype = torch.promote_types(rows_NH.dtype, torch.float32)

@@ -19,7 +19,7 @@ _NEVER = float("-inf")
 
 
 def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids by one topk over integers that hold value and id; no host synchronisation.
+    """Return [T, k] int64 ids by one topk over integers that hold value and id; no host synchronisation.
 
     choice_TA: float32.
     """
@@ -34,7 +34,7 @@ def by_integer_keys(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tens
 
 
 def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids by a compiled loop; for the host, where numba is installed. float32."""
+    """Return [T, k] int64 ids by a compiled loop; for float32 on the host, where numba is installed."""
     from .cpu.choices import largest, largest_by_threads
     from .cpu.compiled import array
 
@@ -53,20 +53,20 @@ def by_loops(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
 
 
 def on_host(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids by whichever of the two ways for the host there is."""
+    """Return [T, k] int64 ids by loops on the host, or by torch.topk and repair where numba is missing."""
     loops = HAS_NUMBA and choice_TA.dtype == torch.float32 and (logits_TA is None or logits_TA.dtype == torch.float32)
     return (by_loops if loops else by_repair)(choice_TA, logits_TA, k)
 
 
-def takes_few(logits_TA: Tensor) -> bool:
-    """Whether `select_few` is the better way, gradients aside: few float32 logits on the host, and numba."""
+def suits_select_few(logits_TA: Tensor) -> bool:
+    """Return whether `select_few` takes these and is faster: few float32 logits on the host, and numba."""
     return HAS_NUMBA and logits_TA.device.type == "cpu" and 0 < logits_TA.numel() <= _FEW_LOGITS
 
 
 def select_few(
     logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights [T, k] float32, ids [T, k] int64): all of selecting by softmax in one loop; see `choices.select`."""
+    """Return (weights [T, k] float32, ids [T, k] int64) of selecting by softmax, in one loop; see `choices.select`."""
     from .cpu.choices import select
     from .cpu.compiled import array
 
@@ -79,7 +79,7 @@ def select_few(
 
 
 def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids by torch.topk, with a stable sort for the few rows in which equal values meet; for the host."""
+    """Return [T, k] int64 ids by torch.topk on the host, with a stable sort for the few rows that have equal values."""
     T, A = choice_TA.shape
     # One more value shows whether the last of the k equals one that is left out. Only where torch.topk would change to
     # a method of half the speed for it (64 k crosses A) is counting cheaper.
@@ -105,9 +105,9 @@ def by_repair(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
 
 
 def _are_settled(values_TK: Tensor, logits_TK: Tensor | None) -> bool:
-    """Whether no two neighbours are equal and no slot is masked, in which case nothing else can change the order.
+    """Return whether no two neighbours are equal and no slot is masked: then the order is final.
 
-    In Python, where the operators for it would take longer than topk itself.
+    It is done in Python, where the operators for it would take longer than topk itself.
     """
     if logits_TK is not None and any(_NEVER in row for row in logits_TK.tolist()):
         return False
@@ -115,5 +115,5 @@ def _are_settled(values_TK: Tensor, logits_TK: Tensor | None) -> bool:
 
 
 def _reach(choice_TA: Tensor, values_TK: Tensor) -> Tensor:
-    """[T, A] bool: which values are no smaller than the last of the k largest."""
+    """Return [T, A] bool: which values are no smaller than the last of the k largest."""
     return choice_TA >= values_TK[:, -1:]

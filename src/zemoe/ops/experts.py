@@ -58,8 +58,8 @@ define(
     "Tensor w13, Tensor w2, Tensor alpha, Tensor? beta, Tensor? value, Tensor preact, str activation, bool[7] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-implement("moe_ffn", "CPU", cpu_experts.forward)
-implement("moe_ffn_backward", "CPU", cpu_experts.backward)
+implement("moe_ffn", "CPU", cpu_experts.moe_ffn)
+implement("moe_ffn_backward", "CPU", cpu_experts.moe_ffn_backward)
 
 
 @torch.library.register_fake("zemoe::moe_ffn")
@@ -154,7 +154,7 @@ define(
     "Tensor? value, int num_slots, str activation) -> Tensor",
     vmap=False,
 )
-implement("moe_ffn_from_ids", "CPU", cpu_experts.forward_from_ids)
+implement("moe_ffn_from_ids", "CPU", cpu_experts.moe_ffn_from_ids)
 
 
 @torch.library.register_fake("zemoe::moe_ffn_from_ids")
@@ -187,7 +187,7 @@ define(
     "-> Tensor",
     vmap=False,
 )
-implement("moe_ffn_few", "CPU", cpu_experts.forward_few)
+implement("moe_ffn_few", "CPU", cpu_experts.moe_ffn_few)
 takes_few = cpu_experts.takes_few
 
 

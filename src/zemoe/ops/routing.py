@@ -51,7 +51,7 @@ def selects_few(logits_TA: Tensor) -> bool:
     """Whether `select_few` is the better way. Not for a compiler, which would compile once a number of tokens."""
     if torch.compiler.is_compiling() or inside_forward_mode():
         return False
-    return topk.takes_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
+    return topk.suits_select_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
 
 
 def select_few(

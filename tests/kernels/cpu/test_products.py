@@ -135,8 +135,8 @@ class TestFromIds:
         ids = torch.randint(-1, 9, (T, 12), generator=generator)  # skipped, five FFN experts, four others
         weights, alpha = torch.rand(T, 12, generator=generator), torch.rand(T, generator=generator)
         plan = cpu_experts.make_plan(ids, 5)
-        wanted, _ = cpu_experts.forward(x, weights, *plan, w13, w2, alpha, None, None, "silu", True)
-        got = cpu_experts.forward_from_ids(x, weights, ids, w13, w2, alpha, None, None, 9, "silu")
+        wanted, _ = cpu_experts.moe_ffn(x, weights, *plan, w13, w2, alpha, None, None, "silu", True)
+        got = cpu_experts.moe_ffn_from_ids(x, weights, ids, w13, w2, alpha, None, None, 9, "silu")
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
 
     @pytest.mark.parametrize("T", [0, 1, 8, 9])

@@ -13,9 +13,9 @@ from .compiled import THREADS, compiled, run_parts
 
 @compiled()
 def sort_choices(ids, num_slots, choice, offsets):
-    """choice: where in ids [N] the experts' ids are, by expert; those of e from offsets[e] to offsets[e + 1]; int64.
+    """Fill choice with the places in ids [N] of the experts' ids, those of e from offsets[e] to offsets[e + 1]; int64.
 
-    Returns the first id that is no slot and not -1 (num_slots -1: any id may be), or -1 if there is none.
+    Return the first id that is no slot and not -1 (num_slots -1: any id may be), or -1 if there is none.
     """
     num_experts = len(offsets) - 1
     offsets[:] = 0
@@ -38,9 +38,9 @@ def sort_choices(ids, num_slots, choice, offsets):
 
 @compiled()
 def plan_and_set_identities(x, weights, ids, identities, num_slots, offsets, y):
-    """(what sort_choices returns, token [N], weight [N]) of the N choices of experts; offsets [E + 1] as sort_choices.
+    """Return what sort_choices returns, and token [N] and weight [N] of the N choices of experts; fill offsets [E + 1].
 
-    Makes y the identities' terms, which are the slots from E on; NaN for a token with a NaN, which is lost as a whole.
+    Makes y the identities' terms (the slots from E on), NaN throughout for a token with a NaN.
     x, y [T, H], weights [T, K] float32, ids [T, K] int64.
     """
     num_experts, K = len(offsets) - 1, ids.shape[1]
@@ -64,9 +64,10 @@ def plan_and_set_identities(x, weights, ids, identities, num_slots, offsets, y):
 
 @compiled()
 def largest(choice, logits, masked, ids, start, stop):
-    """ids[t]: the k largest of choice[t] for t from start to stop, equal values by lower id; float32, ids int64.
+    """Fill ids[t] with the k largest of choice[t] for t from start to stop, equal values by lower id.
 
-    masked: a slot whose logit is -inf counts as -inf. A NaN is larger than nothing, and no row of ids leaves 0..A-1.
+    choice: float32, ids int64. masked: a slot whose logit is -inf counts as -inf. A NaN is never chosen before another
+    value, and every id is from 0 to A - 1.
     """
     A, k = choice.shape[1], ids.shape[1]
     best = np.empty(k, dtype=np.float32)
@@ -105,7 +106,9 @@ def _largest_parts(choice, logits, masked, ids, parts):
 
 @compiled()
 def select(logits, bias, dropped, renormalize, scaling, weights, ids):
-    """Softmax, the best K by score + bias, and their scores, divided by their sum if `renormalize`, times `scaling`.
+    """Fill ids with the best K by softmax score + bias, and weights with their scores.
+
+    The scores are divided by their sum if `renormalize`, and multiplied by `scaling`.
 
     logits [T, A], bias [up to A] (0 for the rest), weights [T, K] float32; ids [T, K] int64. Renormalising, slots from
     `dropped` on weigh nothing. A slot with a logit of -inf is chosen last. A token with a logit of NaN or +inf, or

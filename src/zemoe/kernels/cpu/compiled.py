@@ -1,4 +1,4 @@
-"""What files of functions that numba compiles have in common. Only those import numba, and nobody imports them early.
+"""What the files of functions that numba compiles share. Only those import numba, and they are imported late.
 
 A compiled function is kept on disk until its own file changes, so it calls only functions of its own file.
 """
@@ -27,7 +27,7 @@ _numba_config: Any = config
 
 
 class _Told(event.Listener):
-    """One line in zemoe's log when the first of our loops is compiled, rather than found on disk."""
+    """Writes a line to zemoe's log when the first of our loops is compiled, rather than found on disk."""
 
     def __init__(self) -> None:
         self.told = False
@@ -45,7 +45,7 @@ event.register("numba:compile", _Told())
 
 
 def _has_safe_threads() -> bool:
-    """Whether numba has threads that several Python threads may use at a time; its own ones end the process then."""
+    """Return whether numba has threads that several Python threads may use at once; its own end the process then."""
     for pool in ("tbbpool", "omppool"):
         try:
             import_module(f"numba.np.ufunc.{pool}")
@@ -71,9 +71,11 @@ class _Memory:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The values of a contiguous float32 or int64 tensor, the bits of a bfloat16 one; it has to outlive the array.
+    """Return the values of a contiguous float32 or int64 tensor, or the bits of a bfloat16 one.
 
-    ValueError for a tensor that isn't contiguous: the loops know no strides and would read what lies beside it.
+    The tensor must outlive the array.
+
+    Raises ValueError for a tensor that isn't contiguous: the loops know no strides and would read what lies beside it.
     Not by tensor.numpy(): torch never again resizes a storage that numpy has seen, which fully sharded training does.
     """
     if not tensor.is_contiguous():
@@ -84,11 +86,11 @@ def array(tensor: Tensor) -> np.ndarray:
     return np.asarray(_Memory(tensor, form))
 
 
-def compiled(**how: Any) -> Callable[[Callable], Callable]:
-    """numba.njit, kept on disk from one process to the next where there is a place to write to."""
+def compiled(**options: Any) -> Callable[[Callable], Callable]:
+    """Compile by numba.njit, and keep the code on disk from one process to the next where that can be written to."""
 
     def decorate(loop: Callable) -> Callable:
-        dispatcher: Any = numba.njit(**how)(loop)
+        dispatcher: Any = numba.njit(**options)(loop)
         dispatcher._cache = LoopCache(loop)
         return dispatcher
 
@@ -101,7 +103,7 @@ _forked = False  # since numba's threads were started: they are not there in the
 
 @cache
 def _start_threads() -> None:
-    """In a thread that ends at once: numba sets OpenMP's number of threads, which is torch's too, for its caller."""
+    """Start them from a thread that ends at once: numba sets its caller's OpenMP threads, which are torch's too."""
     starter = threading.Thread(target=numba.get_num_threads)
     starter.start()
     starter.join()

@@ -15,7 +15,7 @@ from ..activations import ACTIVATIONS
 from .products import (
     FAST_BFLOAT16,
     add_by_loops,
-    add_few,
+    add_layer,
     has_onednn,
     loop_rows,
     padded_rows,
@@ -30,7 +30,7 @@ _FEW_CHOICES = 96  # up to here lists of Python numbers, or a single loop, are f
 
 
 def check_ids(ids: Tensor, num_slots: int) -> None:
-    """ValueError for an id below -1 or, with a num_slots >= 0, not below it."""
+    """Raise ValueError for an id below -1 or, with a num_slots >= 0, not below it."""
     if ids.numel():
         low, high = torch.aminmax(ids)
         _check_bounds(int(low), int(high), num_slots)
@@ -43,7 +43,7 @@ def _check_bounds(low: int, high: int, num_slots: int) -> None:
 
 
 def _sorted_choices(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """(choice_N, expert_offsets): the choices t * K + k by expert, those without a row last; all int64."""
+    """Return (choice_N, expert_offsets): the choices t * K + k by expert, those without a row last; all int64."""
     ids_N = topk_ids_TK.reshape(-1)
     # torch sorts integers by radix: the narrower they are, the fewer passes.
     narrow = torch.int16 if num_experts < 2**15 else torch.int32
@@ -53,7 +53,7 @@ def _sorted_choices(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 
 def make_plan(topk_ids_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan; all int64."""
+    """Return (row_token_N, slot_row_MK, expert_offsets) of zemoe.plan.RoutingPlan, all int64."""
     M, K = topk_ids_MK.shape
     choice_N, expert_offsets = _sorted_choices(topk_ids_MK, num_experts)
     R = int(expert_offsets[-1])
@@ -66,14 +66,14 @@ def make_plan(topk_ids_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 
 def _row_weights(weights_TK: Tensor, slot_row_TK: Tensor, padding: int) -> Tensor:
-    """[N + padding]: the weight of each row; the last entry takes the weights of choices without a row."""
+    """Return [N + padding]: the weight of each row; the last entry takes the weights of choices without a row."""
     N = slot_row_TK.numel()
     target_N = torch.where(slot_row_TK < 0, N + padding - 1, slot_row_TK)
     return weights_TK.new_zeros(N + padding).scatter_(0, target_N.reshape(-1), weights_TK.reshape(-1))
 
 
 def _rows_by_expert(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, number of rows) of each expert that has any."""
+    """Return (expert, first row, number of rows) of each expert that has any."""
     rows_E = expert_offsets.diff()
     busy = rows_E.nonzero().view(-1)  # in torch: for one token a loop over all experts takes longer than their products
     return list(zip(busy.tolist(), expert_offsets[busy].tolist(), rows_E[busy].tolist(), strict=True))
@@ -98,7 +98,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def forward(
+def moe_ffn(
     x_TH: Tensor,
     weights_TK: Tensor,
     row_token_N: Tensor,
@@ -112,7 +112,7 @@ def forward(
     activation: str,
     save_preact: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
+    """Return (y [T, H] in x's dtype, what gate and up yield [N, 2I] for the backward or an empty tensor)."""
     x_TH = x_TH.contiguous()
     preact_N2I = x_TH.new_zeros((row_token_N.shape[0] if save_preact else 0, w13.shape[1]))
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
@@ -123,7 +123,7 @@ def forward(
     return y_TH.to(x_TH.dtype), preact_N2I
 
 
-def forward_from_ids(
+def moe_ffn_from_ids(
     x_TH: Tensor,
     weights_TK: Tensor,
     topk_ids_TK: Tensor,
@@ -135,7 +135,7 @@ def forward_from_ids(
     num_slots: int,
     activation: str,
 ) -> Tensor:
-    """y [T, H] in x's dtype as `forward` after `make_plan`, for inference: nobody needs the plan afterwards."""
+    """Return y [T, H] in x's dtype as `moe_ffn` after `make_plan` does, for inference, where no plan is kept."""
     K, x_TH = topk_ids_TK.shape[1], x_TH.contiguous()
     y_TH = _affine(x_TH, alpha_T, beta_TC, value_CH)
     if loop_rows(x_TH, w13, w2) and topk_ids_TK.numel():
@@ -151,19 +151,19 @@ def forward_from_ids(
 
 
 def takes_few(x_TH: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, activation: str) -> bool:
-    """Whether `forward_few` is the better way: few choices, and numba."""
-    few = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu"
-    return few and loop_rows(x_TH, w13, w2) >= len(x_TH)
+    """Return whether `moe_ffn_few` takes these and is faster: few choices, and numba."""
+    few_choices = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu"
+    return few_choices and loop_rows(x_TH, w13, w2) >= len(x_TH)
 
 
-def forward_few(
+def moe_ffn_few(
     x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
 ) -> Tensor:
-    """The layer after routing, [T, H], in compiled loops alone; ids from E to E + identities - 1 are identities."""
+    """Return [T, H]: the layer after routing, in compiled loops alone; `identities` ids from E on are identities."""
     y_TH = torch.empty(x_TH.shape, dtype=torch.float32)
     ids_TK, weights_TK = topk_ids_TK.to(torch.int64).contiguous(), weights_TK.contiguous()
     rows = y_TH, x_TH.float().contiguous(), weights_TK, ids_TK
-    wrong = add_few(*rows, w13.contiguous(), w2.contiguous(), identities, num_slots)
+    wrong = add_layer(*rows, w13.contiguous(), w2.contiguous(), identities, num_slots)
     _check_bounds(wrong, wrong, num_slots)
     return y_TH.to(x_TH.dtype)
 
@@ -171,7 +171,7 @@ def forward_few(
 def _choices_by_expert(
     topk_ids_TK: Tensor, num_experts: int, num_slots: int
 ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """(the choices t * K + k that have a row, by expert, padded; (expert, first row, number of rows) of the busy)."""
+    """Return the choices t * K + k that have a row, by expert and padded, and `_rows_by_expert` of them."""
     if topk_ids_TK.numel() > _FEW_CHOICES:
         check_ids(topk_ids_TK, num_slots)
         choice_N, expert_offsets = _sorted_choices(topk_ids_TK, num_experts)
@@ -192,7 +192,7 @@ def _choices_by_expert(
 
 
 def _choices_by_loop(topk_ids_TK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor]:
-    """(the choices t * K + k that have a row, by expert, padded; expert_offsets), for the compiled loops."""
+    """Return the choices t * K + k that have a row, by expert and padded, and expert_offsets, for compiled loops."""
     choice_N = torch.zeros(topk_ids_TK.numel() + _MOST_PADDING, dtype=torch.int64)
     expert_offsets = torch.empty(num_experts + 1, dtype=torch.int64)
     ids_N = topk_ids_TK.to(torch.int64).reshape(-1).contiguous()  # reshape alone leaves a column of a table strided
@@ -202,7 +202,7 @@ def _choices_by_loop(topk_ids_TK: Tensor, num_experts: int, num_slots: int) -> t
 
 
 def _affine(x_TH: Tensor, alpha_T: Tensor, beta_TC: Tensor | None, value_CH: Tensor | None) -> Tensor:
-    """alpha x + beta V in the dtype of alpha: what the experts' rows are added to."""
+    """Return alpha x + beta V in the dtype of alpha, to which the experts' rows are added."""
     y_TH = x_TH * alpha_T[:, None]
     if beta_TC is not None and value_CH is not None:
         y_TH.addmm_(beta_TC, value_CH.to(y_TH.dtype))
@@ -210,7 +210,7 @@ def _affine(x_TH: Tensor, alpha_T: Tensor, beta_TC: Tensor | None, value_CH: Ten
 
 
 def _rows_of_group(starts: list[int], M: int) -> slice | Tensor:
-    """Which rows belong to the experts that have M each, from `starts` on."""
+    """Return which rows belong to the experts that have M each, from `starts` on."""
     if starts[-1] - starts[0] == (len(starts) - 1) * M:
         return slice(starts[0], starts[-1] + M)
     start_G = torch.tensor(starts)
@@ -228,7 +228,7 @@ def _add_rows(
     activation: str,
     preact_N2I: Tensor | None,
 ) -> None:
-    """Add each expert's weighted rows to y, by compiled loops where they are the better way; as `_add_experts`."""
+    """Add each expert's weighted rows to y, by compiled loops where they are faster, else by `_add_experts`."""
     # What is saved for the backward has the dtype of x, what loops compute is float32.
     most = loop_rows(x_TH, w13, w2) if preact_N2I is None or preact_N2I.dtype == torch.float32 else 0
     if most:
@@ -290,7 +290,7 @@ def _add_experts(
         y_TH.index_add_(0, token_N[start : start + M], out_RH[:M].to(acc).contiguous())
 
 
-def backward(
+def moe_ffn_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
     weights_TK: Tensor,
@@ -306,9 +306,9 @@ def backward(
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weights, w13, w2, alpha, beta and value; an empty tensor for each that is not needed.
+    """Return the gradients of x, weights, w13, w2, alpha, beta and value, an empty tensor for each that is not needed.
 
-    Computed in float32 (float64 for float64); an expert's output is never needed again, for
+    They are computed in float32 (float64 for float64); an expert's output is never needed again, for
     d weight = <d out, w2 inner> = <d out w2, inner>.
     """
     acc = weights_TK.dtype
@@ -349,7 +349,7 @@ def backward(
         dvalue_CH = (beta_TC.t() @ grad_TH).to(value_CH.dtype) if need_value else dvalue_CH
     return (
         dx_TH.to(x_TH.dtype),
-        dweight_N[slot_row_TK.contiguous()] if need_weights else x_TH.new_empty(0),  # entry -1 is 0, for those rowless
+        dweight_N[slot_row_TK.contiguous()] if need_weights else x_TH.new_empty(0),  # -1, for no row, reads a 0
         dw13,
         dw2,
         (grad_TH * x_TH).sum(-1) if need_alpha else x_TH.new_empty(0),

@@ -1,7 +1,7 @@
 """Where compiled loops are kept from one process to the next, so that compiling is waited for once.
 
 numba's own files are unpickled and run as they are, so that a damaged one ends the process or worse. Ours begin with a
-digest of all that they depend on, and one that isn't right is as good as none.
+digest of all that they depend on, and one that isn't right is ignored.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def _folders() -> list[Path]:
-    """Where to look, and to write if it can be: NUMBA_CACHE_DIR, or beside our files and in the user's cache."""
+    """Return where to look, and to write if possible: NUMBA_CACHE_DIR, or beside our files and in the user's cache."""
     given = os.environ.get("NUMBA_CACHE_DIR")
     if given:
         return [Path(given)]
     of_user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     beside = Path(__file__).parent / "__pycache__"
-    return [beside, of_user / "zemoe"] if of_user.is_absolute() else [beside]  # "~" stays where nobody has a home
+    return [beside, of_user / "zemoe"] if of_user.is_absolute() else [beside]  # "~" stays where there is no home
 
 
 class LoopCache:
@@ -73,7 +73,7 @@ class LoopCache:
                 folder.mkdir(parents=True, exist_ok=True)
                 unfinished.write_bytes(self._digest(name, code) + code)
                 unfinished.replace(folder / name)
-            except OSError:  # a folder of somebody else's, or a full disk: the next one, or compiled again next time
+            except OSError:  # a folder of another user, or a full disk: try the next one, or compile again next time
                 with suppress(OSError):
                     unfinished.unlink()
             else:

@@ -34,7 +34,7 @@ _LINE = 16  # float32 numbers of a cache line
 
 
 def _vector_lanes(features: str) -> tuple[int, int]:
-    """Lanes of a vector, and of the most vectors whose sums with ROWS rows stay in registers, of LLVM's CPU features.
+    """Return the lanes of a vector, and the most lanes whose sums with ROWS rows stay in registers, by CPU features.
 
     AVX-512 has 32 registers of 16 lanes, AVX2 16 of 8, and arm64 32 of 4, two of which make one of ours.
     """
@@ -91,13 +91,13 @@ def _tile(_, w, row, last, soon, first, stop, panel, start, pitch, lanes, out, t
 
 
 def _vectors(builder, pointer, widths):
-    """Pointers to vectors of these widths, one after the other."""
+    """Return pointers to vectors of these widths, one after the other."""
     places = [builder.gep(pointer, [ir.Constant(_I64, sum(widths[:n]))]) for n in range(len(widths))]
     return [builder.bitcast(p, ir.VectorType(_F32, n).as_pointer()) for p, n in zip(places, widths, strict=True)]
 
 
 def _sums(builder, widths, weights, coming, xs, pitch, first, stop):
-    """The loop of `_tile`; for each pointer to a weight's row, pointers to the sums as vectors of these widths."""
+    """Build the loop of `_tile`; return pointers to the sums, as vectors of these widths, for each row of `weights`."""
     sums = [[cgutils.alloca_once(builder, ir.VectorType(_F32, n)) for n in widths] for _ in weights]
     for vector in (vector for vectors in sums for vector in vectors):
         builder.store(ir.Constant(vector.type.pointee, None), vector)  # LLVM keeps these in registers
@@ -122,12 +122,12 @@ def _prefetch(builder, pointer):
     byte = ir.IntType(8).as_pointer()
     form = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
     prefetch = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
-    how = [ir.Constant(_I32, n) for n in (0, 2, 1)]  # for reading, into the second-level cache, data
-    builder.call(prefetch, [builder.bitcast(pointer, byte), *how])
+    hints = [ir.Constant(_I32, n) for n in (0, 2, 1)]  # for reading, into the second-level cache, data
+    builder.call(prefetch, [builder.bitcast(pointer, byte), *hints])
 
 
 def _splat(builder, number, kind):
-    """A vector of one number, of the given float32 type; the bits of a bfloat16 one are the upper half of a float32."""
+    """Return a vector of one number, of a float32 type; the bits of a bfloat16 are the upper half of a float32."""
     lanes = kind if number.type == _F32 else ir.VectorType(_I16, 2 * kind.count)
     undefined = ir.Constant(lanes, ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(_I32, 0))
@@ -167,7 +167,10 @@ def _turn(_, source, start, pitch, out, to, out_pitch):
 
 @compiled()
 def group_rows(offsets, most):
-    """[G, 4] int64: expert, first row, number of rows, lanes of all groups before; experts with up to `most` rows."""
+    """Return [G, 4] int64: expert, first row, number of rows, lanes of all groups before.
+
+    Experts with more than `most` rows are left out.
+    """
     groups = np.empty((len(offsets) + offsets[-1] // GROUP, 4), dtype=np.int64)
     found = place = 0
     for e in range(len(offsets) - 1):
@@ -188,53 +191,56 @@ def _lanes(rows):
 
 @compiled()
 def lanes_of(groups):
-    """Of all groups together."""
+    """Return the lanes of all groups together."""
     return groups[-1, 3] + _lanes(groups[-1, 2]) - groups[0, 3]
 
 
 @compiled()
 def _row_of_block(expert, block, parts, O):
-    """The row of a weight, counted over all experts, at which a block of ROWS begins, each part having its own."""
+    """Return the row of w, counted over all experts, at which a block of ROWS begins; each part has its own blocks."""
     blocks = (O // parts + ROWS - 1) // ROWS
     return expert * O + block // blocks * (O // parts) + block % blocks * ROWS
 
 
 @compiled(fastmath=_FAST)
 def _multiply(w, row, last, soon, panels, start, lanes, out, to):
-    """`_tile` over all columns and lanes."""
+    """Run `_tile` over all columns and lanes."""
     for first in range(0, w.shape[2], _SUMMED):
         stop = min(first + _SUMMED, w.shape[2])
         for m in range(0, lanes, _MOST_LANES):
-            some = min(lanes - m, _MOST_LANES)
-            _tile(w, row, last, soon, first, stop, panels, start + m, lanes, some, out, to + m)
+            width = min(lanes - m, _MOST_LANES)
+            _tile(w, row, last, soon, first, stop, panels, start + m, lanes, width, out, to + m)
 
 
 @compiled(fastmath=_FAST)
-def _pack(x, token, first, rows, some, panel):
-    """panel[h * L + m] = x[token[first + m], h], and the last row again for lanes without a row; `some`: for 8 rows."""
+def _pack(x, token, first, rows, eight, panel):
+    """panel[h * L + m] = x[token[first + m], h], and the last row again for lanes without a row.
+
+    eight: room for LANES rows.
+    """
     H, lanes = x.shape[1], _lanes(rows)
     width = _lanes(H) + _LINE  # no multiple of 4 KiB, at which the rows would compete for the same lines of a cache
     for m in range(0, lanes, LANES):
         for i in range(LANES):
             t = token[first + min(m + i, rows - 1)]
             for h in range(H):
-                some[i * width + h] = x[t, h]
+                eight[i * width + h] = x[t, h]
         for h in range(0, H, LANES):
-            _turn(some, h, width, panel, h * lanes + m, lanes)
+            _turn(eight, h, width, panel, h * lanes + m, lanes)
 
 
 @compiled(fastmath=_FAST)
 def _gather(x, token, groups, w, panels, begin, end):
-    """Blocks `begin` to `end` of each weight, of `multiply`."""
+    """Do `multiply` with gather for blocks `begin` to `end` of each weight."""
     (parts, _), (O, H) = panels.shape, w.shape[1:]
     I = O // parts
     blocks, ahead = (I + ROWS - 1) // ROWS, (_AHEAD + H - 1) // H
     panel = np.empty(GROUP * _lanes(H), dtype=np.float32)
-    some = np.zeros(LANES * (_lanes(H) + _LINE), dtype=np.float32)
+    eight = np.zeros(LANES * (_lanes(H) + _LINE), dtype=np.float32)
     for g in range(len(groups)):
         e, first, rows, place = groups[g]
         lanes, following = _lanes(rows), groups[min(g + 1, len(groups) - 1), 0]
-        _pack(x, token, first, rows, some, panel)
+        _pack(x, token, first, rows, eight, panel)
         for block in range(begin, end):
             row = _row_of_block(e, block, parts, O)
             soon = _row_of_block(e, block + ahead, parts, O)
@@ -247,7 +253,7 @@ def _gather(x, token, groups, w, panels, begin, end):
 
 @compiled(fastmath=_FAST)
 def _scatter(y, token, weight, groups, w, panels, begin, end):
-    """Columns `begin` to `end` of y, of `multiply`."""
+    """Do `multiply` without gather for columns `begin` to `end` of y."""
     H, I = w.shape[1:]
     ahead = (_AHEAD + I - 1) // I * ROWS
     strip, turned = np.empty(_STRIP * GROUP, dtype=np.float32), np.empty(_STRIP * GROUP, dtype=np.float32)
@@ -270,11 +276,11 @@ def _scatter(y, token, weight, groups, w, panels, begin, end):
 
 
 def multiply(x, token, weight, groups, w, panels, gather):
-    """Products of experts' weights with the rows of their groups.
+    """Multiply experts' weights with the rows of their groups.
 
     gather: from x [T, H] to panels [parts, I * lanes of all groups], where each part of a weight w [E, parts * I, H]
     makes a panel [I, L] a group, one after the other. Else from panels [1, I * lanes of all groups] to x [T, H]:
-    weight[n] * w[e] times row n is added to x[token[n]], w [E, H, I]. token, weight [N]; all in one piece, float32 (w
+    weight[n] * w[e] times row n is added to x[token[n]], w [E, H, I]. token, weight [N]; all contiguous, float32 (w
     bfloat16 too). Each thread takes some rows of every weight, so has some columns of y to itself, and the groups in
     their order: their number changes no sum.
     """
@@ -300,7 +306,7 @@ def _multiply_parts(x, token, weight, groups, w, panels, gather, parts):
 
 
 def rows_of_panels(panels, groups, rows):
-    """rows [N, parts * I]: what `multiply` wrote to panels [parts, I * lanes of all groups], row by row."""
+    """Fill rows [N, parts * I] with what `multiply` wrote to panels [parts, I * lanes of all groups], row by row."""
     run_parts(_rows_part, _rows_parts, panels, groups, rows)
 
 
@@ -312,8 +318,8 @@ def _rows_part(panels, groups, rows, n, parts):
         for panel in range(len(panels)):
             for m in range(M):
                 for i in range(I):
-                    at = ((place - groups[0, 3]) * I + i * _lanes(M)) + m
-                    rows[first + m, panel * I + i] = panels[panel, at]
+                    lane = ((place - groups[0, 3]) * I + i * _lanes(M)) + m
+                    rows[first + m, panel * I + i] = panels[panel, lane]
 
 
 @compiled(parallel=THREADS)
@@ -324,11 +330,11 @@ def _rows_parts(panels, groups, rows, parts):
 
 @compiled(fastmath=_FAST)
 def silu_panels(panels, groups):
-    """panels[0] = silu(panels[0]) * panels[1], only in the lanes that have a row."""
+    """Set panels[0] = silu(panels[0]) * panels[1], only in the lanes that have a row."""
     I = panels.shape[1] // lanes_of(groups)
     for g in range(len(groups)):
         _, _, rows, place = groups[g]
         for i in range(I):
-            at = place * I + i * _lanes(rows)
-            for m in range(at, at + rows):
+            first_lane = place * I + i * _lanes(rows)
+            for m in range(first_lane, first_lane + rows):
                 panels[0, m] *= panels[1, m] / (np.float32(1) + np.exp(-panels[0, m]))

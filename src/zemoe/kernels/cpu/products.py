@@ -26,7 +26,7 @@ _CACHE_PAGE = 4096  # bytes; rows of a weight at multiples of this compete for t
 
 
 def _takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype here; by trying: ONEDNN_MAX_CPU_ISA can keep it from what the CPU has."""
+    """Try whether oneDNN multiplies this dtype here: ONEDNN_MAX_CPU_ISA can keep it from what the CPU has."""
     if not torch.backends.mkldnn.is_available():
         return False
     zeros = torch.zeros((2, 2), dtype=dtype, device="cpu")
@@ -44,14 +44,14 @@ FAST_BFLOAT16 = torch.bfloat16 in _ONEDNN and has_bfloat16_instructions()
 
 
 def is_small(weight_EOI: Tensor) -> bool:
-    """Whether an expert's weight is multiplied in less time than it takes torch to start."""
+    """Return whether an expert's weight is multiplied in less time than it takes torch to start."""
     return weight_EOI.shape[1] * weight_EOI.shape[2] <= _SMALL_WEIGHT
 
 
 def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
-    """Up to how many rows an expert our compiled loops are the better routines; 0 for never.
+    """Return up to how many rows of an expert our compiled loops are faster; 0 for never.
 
-    They take float32 or bfloat16 in one piece, and need numba.
+    They take contiguous float32 or bfloat16, and need numba.
     """
     same = x_TH.dtype == w13.dtype == w2.dtype and x_TH.dtype in (torch.float32, torch.bfloat16)
     if not HAS_NUMBA or not same or any(not tensor.is_contiguous() or not tensor.numel() for tensor in (x_TH, w13, w2)):
@@ -62,7 +62,7 @@ def loop_rows(x_TH: Tensor, w13: Tensor, w2: Tensor) -> int:
 
 
 def sort_by_loop(ids_N: Tensor, num_slots: int, choice_N: Tensor, expert_offsets: Tensor) -> int:
-    """Fill choice_N and expert_offsets, all int64; returns an id out of range or -1. See `choices.sort_choices`."""
+    """Fill choice_N and expert_offsets, all int64; return an id out of range or -1. See `choices.sort_choices`."""
     from .choices import sort_choices
     from .compiled import array
 
@@ -102,7 +102,7 @@ def add_by_loops(
         multiply(y, token, weight, groups, down, array(inner), False)
 
 
-def add_few(
+def add_layer(
     y_TH: Tensor,
     x_TH: Tensor,
     weights_TK: Tensor,
@@ -112,7 +112,7 @@ def add_few(
     identities: int,
     num_slots: int,
 ) -> int:
-    """A layer of identities and silu into y, float32, without any operator; returns an id out of range or -1."""
+    """Write a layer of identities and silu to y, float32, without any operator; return an id out of range or -1."""
     from .choices import plan_and_set_identities
     from .compiled import array
     from .loops import group_rows, lanes_of, multiply, silu_panels
@@ -132,7 +132,7 @@ def add_few(
 
 
 def shared_rows(weight_EOI: Tensor) -> int:
-    """Up to how many rows an expert `products` is the better routine, which takes two experts a call; 0 for never.
+    """Return up to how many rows of an expert `products` is faster, which takes two experts a call; 0 for never.
 
     Small weights take longer to start than to compute; and MKL reads a weight on one thread for a single row.
     """
@@ -142,12 +142,12 @@ def shared_rows(weight_EOI: Tensor) -> int:
 
 
 def has_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN's product takes this weight as it is; torch.mm takes them all."""
+    """Return whether oneDNN's product takes this weight as it is; torch.mm takes them all."""
     return bool(torch.backends.mkldnn.enabled) and weight.dtype in _ONEDNN and weight.is_contiguous()
 
 
 def padded_rows(M: int) -> int:
-    """The number of rows that `product` likes to get for M: its kernels work in blocks, and are built once a size."""
+    """Return how many rows to give `product` for M: its kernels work in blocks, and each new size has to be built."""
     if M <= 3:
         return max(M, 2)  # MKL reads a weight twice as fast for two rows as for one
     block = 16 if _DIRECT_ROWS < M <= _SWAP_ROWS else 8
@@ -155,7 +155,7 @@ def padded_rows(M: int) -> int:
 
 
 def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor:
-    """[G, O, M]: the transposed weight of each of G experts times its M rows, transposed.
+    """Return [G, O, M]: the transposed weight of each of G experts times its M rows, transposed.
 
     Two experts at a time, as a batch with a stride of its own instead of copies of the weights: torch gives a product
     to each thread, where it would split a single one, which does not pay for small weights.
@@ -180,15 +180,15 @@ def products(weight_EOI: Tensor, experts: list[int], rows_GMI: Tensor) -> Tensor
 
 
 def product(weight_OI: Tensor, rows_RI: Tensor, M: int, *, onednn: bool) -> Tensor:
-    """[M and up, O]: at least the first M of R rows times the transposed weight, contiguous in either order.
+    """Return [M and up, O]: at least the first M of R rows times the transposed weight, contiguous in either order.
 
     rows_RI: [R, I] with R >= M; what the rows past M hold may influence only the rows past M of the result.
     onednn: `has_onednn` of the weight.
     """
     O, I = weight_OI.shape
     pitch = I * weight_OI.element_size()
-    few = _SMALL_WEIGHT_ROWS if O * I <= _SMALL_WEIGHT else 6 if pitch % _CACHE_PAGE else 3
-    if not onednn or (weight_OI.element_size() == 4 and 0 < M <= few):
+    few_rows = _SMALL_WEIGHT_ROWS if O * I <= _SMALL_WEIGHT else 6 if pitch % _CACHE_PAGE else 3
+    if not onednn or (weight_OI.element_size() == 4 and 0 < M <= few_rows):
         # Rows that lie one after the other: with columns MKL takes four times as long here.
         return torch.mm(weight_OI, rows_RI[: max(M, 2)].contiguous().t()).t()
     # The weight as the left factor is read as it lies; as the right one it has to be transposed block by block, which
