@@ -12,6 +12,7 @@ import argparse
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,10 @@ def result_table(runs: Rows) -> str:
         "arm",
         "seeds",
         "held-out bits/byte",
-        "FFN experts a token",
+        "FFN experts",
         "std over tokens",
         "before calibration",
-        "FFN experts, all of training",
+        "in training",
         "ms a step",
     ]
     rows = [
@@ -271,17 +272,19 @@ def kind_table(rows: Rows, key: str) -> str:
     return table([key, about, *(ARMS[arm].label for arm in arms)], lines)
 
 
-def token_table(runs: Rows) -> str:
-    lines = []
-    for name in dict.fromkeys(row["arm"] for row in token_rows(runs)):
-        mine = [row for row in token_rows(runs, 8) if row["arm"] == name]
-        half = len(mine) // 2
-        cells = [
-            " ".join(f"`{row['token']!r}` {row['ffn_experts']:.2f}" for row in part)
-            for part in (mine[:half], mine[half:])
-        ]
-        lines.append([ARMS[name].label, *(cell.replace("|", "\\|") for cell in cells)])
-    return table(["arm", "cheapest", "dearest"], lines)
+def token_table(runs: Rows, ends: int = 8) -> str:
+    """Two tables with a column an arm: the cheapest tokens, the cheapest first, and the dearest, the dearest last."""
+    columns: dict[str, list[str]] = {}
+    for row in token_rows(runs, ends):
+        cell = f"`{row['token']!r}` {row['ffn_experts']:.2f}".replace("|", "\\|")
+        columns.setdefault(ARMS[row["arm"]].label, []).append(cell)
+    half = min((len(cells) // 2 for cells in columns.values()), default=0)
+    parts = []
+    for title, last in (("The cheapest", False), ("The dearest", True)):
+        kept = [cells[len(cells) - half :] if last else cells[:half] for cells in columns.values()]
+        rows = [list(line) for line in zip(*kept, strict=True)]
+        parts.append(f"{title}:\n\n{table(list(columns), rows)}")
+    return "\n\n".join(parts)
 
 
 def rate_table(runs: Rows, others: Rows) -> str:
@@ -296,12 +299,16 @@ def rate_table(runs: Rows, others: Rows) -> str:
     return table(["learning rate", "arm", "seed", "held-out bits/byte"], lines) if others else "Not run."
 
 
+def fill_lines(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def about(runs: Rows) -> str:
     first, versions = runs[0], runs[0]["versions"]
     minutes, settings = sum(run["seconds"] for run in runs) / 60, first["settings"]
     seeds = len({run["seed"] for run in runs})
     device, backend = first["device"], settings["backend"] or "default"
-    return (
+    return fill_lines(
         f"{len(runs)} runs ({seeds} seeds) in **{minutes:.1f} minutes** of one {device}, torch {versions['torch']}, "
         f"backend `{backend}`; {settings['steps']:,} steps and {first['tokens_seen']:,} tokens a run "
         f"({first['epochs']:.2f} epochs), {first['parameters']:,} parameters in {ARMS[first['arm']].label}."
@@ -330,10 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, help="what run.py wrote")
     parser.add_argument("--other-rates", type=Path, nargs="*", default=[], help="files of runs at other learning rates")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the CSV files")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="folder for the plots")
-    parser.add_argument(
-        "--page", type=Path, default=ROOT / "docs" / "matched_compute.md", help="its tables are renewed"
-    )
+    parser.add_argument("--images", type=Path, default=ROOT / "dev" / "images", help="folder for the plots")
+    parser.add_argument("--page", type=Path, default=ROOT / "dev" / "matched_compute.md", help="its tables are renewed")
     parsed = parser.parse_args(arguments)
     runs = read_runs(parsed.runs)
     if not runs:

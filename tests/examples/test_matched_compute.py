@@ -202,7 +202,7 @@ class TestSummary:
 
     def test_files_plots_and_page(self, scripts, runs, tmp_path):
         page = tmp_path / "page.md"
-        page.write_text((EXAMPLES.parent / "docs" / "matched_compute.md").read_text(encoding="utf-8"), encoding="utf-8")
+        page.write_text((ROOT / "dev" / "matched_compute.md").read_text(encoding="utf-8"), encoding="utf-8")
         folders = ["--results", str(tmp_path), "--images", str(tmp_path), "--page", str(page)]
         scripts.summary.main([str(runs), *folders])
         text = page.read_text(encoding="utf-8")
