@@ -66,3 +66,21 @@ def commit() -> str:
     if git("ls-files", "--error-unmatch", str(here)) is None:
         return "unknown"
     return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had there, None where nothing tells."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _main_memory("MemAvailable")
+
+
+def total_bytes() -> int | None:
+    """Main memory of this machine, None where nothing tells."""
+    return _main_memory("MemTotal")
+
+
+def _main_memory(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)

@@ -149,7 +149,7 @@ def test_memory_is_checked_first(call, monkeypatch):
 
 
 def test_free_memory_is_known_on_linux():
-    free = request.free_bytes(torch.device("cpu"))
+    free = machine.free_bytes(torch.device("cpu"))
     assert free is None or 10**7 < free < 10**14
 
 

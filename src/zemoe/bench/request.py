@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..machine import usable_devices
+from ..machine import free_bytes, usable_devices
 from ..regular_files import kind_of
 from ..terminal import CommandError
 from . import cases
@@ -93,24 +93,6 @@ def _check_file(option: str, path: Path | None) -> None:
         raise CommandError(f"{option} must be a file in a folder that exists, got {path}: {kind_of(path)}")
     if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
         raise CommandError(f"{option}: {path} can't be written", 1)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had there, None where nothing tells."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _main_memory("MemAvailable")
-
-
-def total_bytes() -> int | None:
-    """Main memory of this machine, None where nothing tells."""
-    return _main_memory("MemTotal")
-
-
-def _main_memory(key: str) -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
 def _check_memory(settings: BenchSettings) -> None:

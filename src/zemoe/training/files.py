@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from transformers import LongcatFlashConfig
 
-from ..bench.request import total_bytes
+from ..machine import total_bytes
 from ..regular_files import MOST_JSON_BYTES, check_regular, read_bytes, reason
 from . import data, state
 from .data import Corpus

@@ -18,11 +18,11 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 from transformers.utils import logging
 
-from ..bench.request import total_bytes
 from ..checkpoints.config import check_config
 from ..checkpoints.fp8 import verify_any
 from ..checkpoints.longcat import count_numbers
 from ..integrations.transformers import applied, load_config, load_model
+from ..machine import total_bytes
 from ..regular_files import MOST_JSON_BYTES, kind_of, read_bytes
 from .data import END_OF_TEXT
 from .settings import ModelSettings, Settings, SettingsError
