@@ -200,6 +200,18 @@ class TestSummary:
         assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
         assert math.isnan(scripts.summary.interval([1.0])[1])
 
+    def test_tokens_are_two_tables_with_a_column_an_arm(self, scripts):
+        tokens = [[f" t{n}", 100, n / 10] for n in range(20)]
+        names = "identity4", "null4"
+        runs = [{"arm": name, "seed": 1, "readings": {"tokens": tokens}} for name in names]
+        cheapest, dearest = (
+            scripts.summary.token_table(runs, 3).removeprefix("The cheapest:\n\n").split("The dearest:\n\n")
+        )
+        head = "| identity, K_e = 4 | null, K_e = 4 |"
+        for part, costs in ((cheapest, ("0.00", "0.10", "0.20")), (dearest, ("1.70", "1.80", "1.90"))):
+            rows = [f"| `' t{10 * float(cost):.0f}'` {cost} | `' t{10 * float(cost):.0f}'` {cost} |" for cost in costs]
+            assert part.strip().splitlines() == [head, "| --- | --- |", *rows]
+
     def test_files_plots_and_page(self, scripts, runs, tmp_path):
         page = tmp_path / "page.md"
         page.write_text((ROOT / "dev" / "matched_compute.md").read_text(encoding="utf-8"), encoding="utf-8")
@@ -207,6 +219,7 @@ class TestSummary:
         scripts.summary.main([str(runs), *folders])
         text = page.read_text(encoding="utf-8")
         assert "11 runs (2 seeds)" in text and "| identity, K_e = 4 | plain top-4 |" in text
+        assert max(map(len, text.splitlines())) <= 120
         with (tmp_path / "differences.csv").open(encoding="utf-8") as file:
             rows = {(row["arm"], row["against"]): row for row in csv.DictReader(file)}
         found = scripts.run.read_runs(runs)
