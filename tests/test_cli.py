@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import zemoe
 from helpers.tiny_checkpoint import CONTEXT, byte_tokenizer, write_checkpoint
+from zemoe.backends import BACKENDS
 from zemoe.cli import app, main
-from zemoe.experts import BACKENDS
 from zemoe.generate import command as generate_module
 from zemoe.generate.command import EMBEDDED, OPENINGS
 
@@ -158,13 +158,13 @@ def test_backend_is_the_one_that_computes(generate, monkeypatch, name):
     monkeypatch.setattr("zemoe.generate.command.compile_loops", lambda *_: None)
     calls = {"cpu": 0, "torch": 0}
     for backend in calls:
-        ops = {field: getattr(BACKENDS[backend], field) for field in ("moe_ffn", "infer")}
+        ops = {field: getattr(BACKENDS[backend], field) for field in ("train", "infer")}
 
         def spy(*args, op, backend=backend):
             calls[backend] += 1
             return op(*args)
 
-        spies = {field: partial(spy, op=op) for field, op in ops.items() if op is not None}
+        spies = {field: partial(spy, op=op) for field, op in ops.items()}
         monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], **spies))
     code, out, _ = generate("--json", "--backend", name, "--max-new-tokens", 3, "--seed", 1)
     assert code == 0

@@ -6,21 +6,23 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import zemoe
 from zemoe import doctor, machine
+from zemoe.backends import BACKENDS, resolve_backend
 from zemoe.cli import main
-from zemoe.experts import BACKENDS, resolve_backend
 
 GPU = pytest.param("cuda:0", marks=pytest.mark.gpu)
 
 
 def break_backend(monkeypatch, name, change):
-    op = BACKENDS[name].moe_ffn
-    monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], moe_ffn=lambda *args: change(op, *args)))
+    right = BACKENDS[name]
+    wrong = {field: partial(change, getattr(right, field)) for field in ("infer", "train")}
+    monkeypatch.setitem(BACKENDS, name, replace(right, **wrong))
 
 
 def test_json(capsys):
@@ -74,20 +76,24 @@ def test_an_untested_version_is_told(monkeypatch, capsys):
 
 
 WRONG = {
-    "zeros": lambda op, *args: op(*args) * 0,
-    "a hundredth too much": lambda op, *args: op(*args) * 1.01,
-    "NaN": lambda op, *args: op(*args) * float("nan"),
-    "one choice dropped": lambda op, x, weights, *rest: op(x, drop_one(weights, rest[1]), *rest),
-    "no gradient of the weights": lambda op, x, weights, *rest: op(x, weights.detach() + 0 * weights, *rest),
-    "a gradient of twice the size": lambda op, x, *rest: op(2 * x - x.detach(), *rest),
+    "zeros": lambda right, given: right(given) * 0,
+    "a hundredth too much": lambda right, given: right(given) * 1.01,
+    "NaN": lambda right, given: right(given) * float("nan"),
+    "one choice dropped": lambda right, given: right(given._replace(weights_TK=drop_one(given))),
+    "no gradient of the weights": lambda right, given: right(
+        given._replace(weights_TK=given.weights_TK.detach() + 0 * given.weights_TK)
+    ),
+    "a gradient of twice the size": lambda right, given: right(
+        given._replace(x_TH=2 * given.x_TH - given.x_TH.detach())
+    ),
 }
 
 
-def drop_one(weights, slot_row):
-    """Without the first choice of an FFN expert that there is."""
-    keep = torch.ones_like(weights)
-    keep.view(-1)[int((slot_row.flatten() >= 0).nonzero()[0])] = 0
-    return weights * keep
+def drop_one(given):
+    """The weights without the first choice of an FFN expert that there is."""
+    keep = torch.ones_like(given.weights_TK)
+    keep.view(-1)[int((given.ids_TK.flatten() < given.num_experts).nonzero()[0])] = 0
+    return given.weights_TK * keep
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])

@@ -12,7 +12,7 @@ from torch import nn
 from helpers.judge import BY_NAME, Case, assert_bitwise, judge
 from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts
 from zemoe.affine import AFFINE_KINDS
-from zemoe.experts import BACKENDS
+from zemoe.backends import BACKENDS
 from zemoe.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

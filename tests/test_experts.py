@@ -10,7 +10,7 @@ import torch
 from helpers.experts import Reference, gradients, run
 from helpers.judge import BY_NAME, CASES, Case, assert_bitwise, judge, one_thread
 from zemoe import AffineParams, fused_experts, reference, resolve_backend
-from zemoe.experts import BACKENDS
+from zemoe.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -6,7 +6,6 @@ Source: docs/specification.md, "Engine names".
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import torch
 from helpers.judge import assert_bitwise
 from helpers.layers import MIXED, A, Classifier, E, H, K, base_layer, judge_layer, tokens, zero_layer
 from zemoe import ZeroExpertFusedMoE
-from zemoe.experts import BACKENDS
+from zemoe.ops.experts import moe_ffn
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -342,13 +341,12 @@ class TestReentrant:
 
     def test_no_zero_pair_reaches_the_ffn(self, monkeypatch):
         plans = []
-        backend = BACKENDS["cpu"]
 
-        def spy(x, weights, row_token, slot_row, offsets, *rest):
-            plans.append((row_token, slot_row, offsets))
-            return backend.moe_ffn(x, weights, row_token, slot_row, offsets, *rest)
+        def spy(x, weights, plan, *rest):
+            plans.append(plan)
+            return moe_ffn(x, weights, plan, *rest)
 
-        monkeypatch.setitem(BACKENDS, "cpu", dataclasses.replace(backend, moe_ffn=spy))
+        monkeypatch.setattr("zemoe.ops.experts.moe_ffn", spy)
         layer = zero_layer(MIXED)
         x, logits = tokens(50)
         layer(x, logits)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.fuzz_layers import Layer, check, compute, draw, judged, restated, routed
-from zemoe import FusedMoE, ZeroExpertFusedMoE, experts
+from zemoe import FusedMoE, ZeroExpertFusedMoE, backends
 from zemoe.ops import triton_experts, triton_routing
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,14 +47,13 @@ def test_seeds(backend: str) -> None:
 @pytest.fixture
 def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     """Every operator of the Triton backend, in its interpreter, which takes float16 alone."""
-    triton_training = pytest.importorskip("triton_training")
+    triton_training = pytest.importorskip("helpers.triton_training")
     if torch.cuda.is_available():
         pytest.skip("kernels/triton/test_gpu_fuzz.py runs the kernels themselves")
-    monkeypatch.setattr("zemoe.routing.can_run", lambda tensor: True)
     triton_training.take(monkeypatch, 16, False, 32)
     monkeypatch.setattr(triton_experts, "rows_per_tile", lambda *_: 16)
-    takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
-    monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
+    takes_cpu = replace(backends.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
+    monkeypatch.setitem(backends.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
         for name in ("plan_tiles", "moe_ffn_tiles", "moe_ffn_tiles_train"):
             library.impl(name, getattr(triton_experts, f"_{name}_cuda"), "CPU")

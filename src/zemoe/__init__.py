@@ -8,8 +8,9 @@ FFN experts), `zemoe.statistics` (what the routing does) and `zemoe.retrofit` (z
 from . import balance, controller, retrofit, statistics
 from ._version import __version__
 from .affine import AffineParams
+from .backends import resolve_backend
 from .config import MoEConfig
-from .experts import fused_experts, resolve_backend
+from .experts import fused_experts
 from .fused_moe import FusedMoE, ZeroExpertFusedMoE
 from .layer import MoE, SharedExperts
 from .routing import Router, Routing, observe, select_experts

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import ZeroExpertKinds
+from .config import ZeroExpertKinds, expand_kinds
 
 
 class AffineParams(NamedTuple):
@@ -49,6 +49,17 @@ class Chosen(NamedTuple):
 
 
 Coefficients = tuple[Tensor, Tensor | None]  # alpha_T, beta_TC
+
+
+class AffineTerms(NamedTuple):
+    """What the zero-computation experts add to a layer's output: alpha_t x_t + beta_t @ V.
+
+    alpha_T: of x. beta_TC: of the constant experts' vectors value_CH; both None in a layer without constant experts.
+    """
+
+    alpha_T: Tensor
+    beta_TC: Tensor | None
+    value_CH: Tensor | None
 
 
 def _identity(chosen: Chosen) -> Coefficients:
@@ -86,6 +97,9 @@ AFFINE_KINDS: dict[str, Callable[[Chosen], Coefficients]] = {
     "scaled_identity": _scaled_identity,
 }
 
+LEARNED = {"constant": "constant_value", "scaled_identity": "scale"}  # of a kind that learns: a field of AffineParams
+HIGHEST_ID = 2**31 - 1
+
 # What the kernels that plan a layer call the kinds (kernels/triton/coefficients.py). A kind that is not here works
 # too: its rule above is run instead.
 CODES = {"zero": 0, "identity": 1, "scaled_identity": 2, "constant": 3}
@@ -108,6 +122,27 @@ def check_kinds(kinds: ZeroExpertKinds) -> None:
 def count_kind(kinds: ZeroExpertKinds, kind: str) -> int:
     """How many experts of `kind` a layer has."""
     return sum(count for name, count in kinds if name == kind)
+
+
+def count_identities(kinds: ZeroExpertKinds) -> int:
+    """How many zero-computation experts a layer has, where all of them give back x itself; otherwise 0."""
+    if any(kind != "identity" for kind, _ in kinds):
+        return 0
+    return sum(count for _, count in kinds)
+
+
+def kinds_of_all_ids(kind: str, num_experts: int, params: AffineParams) -> tuple[ZeroExpertKinds, int | None]:
+    """Kinds of a layer in which every id from `num_experts` on is of `kind`; and the number of its slots, if limited.
+
+    A kind that learns has as many experts as `params` holds; of another there are as many as there are ids.
+    """
+    if kind not in LEARNED:
+        return expand_kinds(kind, HIGHEST_ID - num_experts), None
+    learned: Tensor | None = getattr(params, LEARNED[kind])
+    if learned is None:
+        raise ValueError(f"affine_params must hold what the kind {kind!r} learns, got {params}")
+    count = learned.shape[0]
+    return expand_kinds(kind, count), num_experts + count
 
 
 def check_params(kinds: ZeroExpertKinds, params: AffineParams, hidden_size: int) -> None:

@@ -105,7 +105,7 @@ def _add_generate(cli: "typer.Typer") -> None:
     """Add `zemoe generate` to the command line."""
     import typer
 
-    from .experts import BACKENDS
+    from .backends import BACKENDS
     from .generate.command import DTYPES, EMBEDDED, Request, run
     from .generate.decoding import Sampling
     from .terminal import CommandError, open_console

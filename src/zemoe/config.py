@@ -110,8 +110,51 @@ def check_groups(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """The shape and the rules of one zero-expert MoE layer.
+class RoutingRules:
+    """How a router chooses K of its slots for a token and weighs them. Nothing is checked here.
+
+    Attributes:
+        num_experts: E. top_k: K.
+        zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs; () where nobody asks for kinds.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        renormalize: "none", "all", "real" or "nonnull".
+        routed_scaling_factor: multiplies every weight, zero-computation experts' too.
+        num_expert_group, topk_group: the group limit, or None.
+    """
+
+    num_experts: int
+    top_k: int
+    zero_expert_kinds: ZeroExpertKinds = ()
+    scoring_func: str = "softmax"
+    renormalize: str = "none"
+    routed_scaling_factor: float = 1.0
+    num_expert_group: int | None = None
+    topk_group: int | None = None
+
+    @property
+    def num_zero_experts(self) -> int:
+        """Z."""
+        return sum(count for _, count in self.zero_expert_kinds)
+
+    @property
+    def num_slots(self) -> int:
+        """A = E + Z."""
+        return self.num_experts + self.num_zero_experts
+
+    @property
+    def null_ranges(self) -> list[tuple[int, int]]:
+        """(first, stop) of the slots of null experts, which renormalize="nonnull" leaves out."""
+        ranges, first = [], self.num_experts
+        for kind, count in self.zero_expert_kinds:
+            if kind == "zero":
+                ranges.append((first, first + count))
+            first += count
+        return ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(RoutingRules):
+    """The shape and the rules of one zero-expert MoE layer, checked.
 
     Attributes:
         hidden_size: H. intermediate_size: I, the width of one FFN expert. num_experts: E. top_k: K.
@@ -128,14 +171,7 @@ class MoEConfig:
 
     hidden_size: int
     intermediate_size: int
-    num_experts: int
-    top_k: int
-    zero_expert_kinds: ZeroExpertKinds = ()
-    scoring_func: str = "softmax"
-    renormalize: str | bool = "none"
-    routed_scaling_factor: float = 1.0
-    num_expert_group: int | None = None
-    topk_group: int | None = None
+    renormalize: str | bool = "none"  # pyright: ignore[reportIncompatibleVariableOverride] bool only until it is stored
     activation: str = "silu"
 
     def __post_init__(self) -> None:
@@ -149,13 +185,3 @@ class MoEConfig:
         if self.top_k > self.num_slots:
             raise ValueError(f"top_k={self.top_k} exceeds the {self.num_slots} slots (num_experts + zero experts)")
         check_groups(self.num_expert_group, self.topk_group, self.num_slots, self.top_k, has_bias=False)
-
-    @property
-    def num_zero_experts(self) -> int:
-        """Z."""
-        return sum(count for _, count in self.zero_expert_kinds)
-
-    @property
-    def num_slots(self) -> int:
-        """A = E + Z."""
-        return self.num_experts + self.num_zero_experts

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import reference
 from .affine import AffineParams
+from .backends import BACKENDS, resolve_backend
 from .bench.check import allowed_error, rms
-from .experts import BACKENDS, fused_experts, resolve_backend
+from .experts import fused_experts
 from .kernels.triton import gpus
 from .machine import device_name, usable_devices, versions
 from .terminal import plain_table
@@ -91,7 +92,7 @@ class _Layer:
 
         Of a backend without gradients only the output.
         """
-        trained = BACKENDS[backend].moe_ffn is not None or BACKENDS[backend].train is not None
+        trained = BACKENDS[backend].train is not None
         return self._both(device, fused_experts, {"backend": backend}, trained=trained)
 
     def _both(

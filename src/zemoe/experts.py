@@ -1,4 +1,4 @@
-"""fused_experts: everything after routing, from weights and ids alone; and which backend computes it.
+"""fused_experts: everything after routing, from weights and ids alone.
 
 T tokens, H hidden size, I expert width, E FFN experts, K choices, C constant experts.
 """
@@ -6,229 +6,19 @@ T tokens, H hidden size, I expert width, E FFN experts, K choices, C constant ex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._compat import reshape_without_view
-from .affine import AffineParams, affine_coefficients, check_kinds, check_params, kernel_kinds
-from .config import ZeroExpertKinds, check_count, expand_kinds
+from .affine import NO_PARAMS, AffineParams, check_kinds, check_params, kinds_of_all_ids
+from .backends import Backend, ExpertsInput, autocast_dtype, backend_of
+from .config import MoEConfig, ZeroExpertKinds, check_count, expand_kinds
 from .kernels.activations import ACTIVATIONS
-from .ops import experts as ops
-from .ops import library, triton_experts
-from .plan import RoutingPlan, make_plan
+from .ops import library
+from .routing import Routing
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAIN_GRADS = (torch.float32, torch.bfloat16, torch.float16)  # more than float32 sums have is nothing to add to
-_ALL_HIGHER_IDS = 2**31 - 1
-
-
-class Call(NamedTuple):
-    """What a layer computes once it is routed; checked, x [T, H], weights [T, K] in float32 (float64 with float64 x).
-
-    num_slots: A, or None where any id from num_experts on is a slot. kinds: canonical, in id order.
-    constant_logits_TC2: W_j x of the constant experts, or None. main_grads: what the gradients of w13 and w2 are added
-    to instead of being returned, each None where they are.
-    """
-
-    x_TH: Tensor
-    weights_TK: Tensor
-    ids_TK: Tensor
-    w13: Tensor
-    w2: Tensor
-    num_experts: int
-    num_slots: int | None
-    kinds: ZeroExpertKinds
-    params: AffineParams
-    constant_logits_TC2: Tensor | None
-    activation: str
-    main_grads: tuple[Tensor | None, Tensor | None]
-
-
-def _coefficients(call: Call) -> tuple[Tensor, Tensor | None]:
-    return affine_coefficients(
-        call.weights_TK,
-        call.ids_TK,
-        num_experts=call.num_experts,
-        kinds=call.kinds,
-        params=call.params,
-        constant_logits_TC2=call.constant_logits_TC2,
-    )
-
-
-def _affine(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(alpha_T, beta_TC, value_CH) of the zero-computation experts."""
-    alpha_T, beta_TC = _coefficients(call)
-    # The affine terms carry a lost token: NaN * x is NaN in every column, whatever was chosen.
-    alpha_T = alpha_T.masked_fill(call.x_TH.detach().amax(-1).isnan(), float("nan"))
-    return alpha_T, beta_TC, call.params.constant_value
-
-
-def _infer_cpu(call: Call) -> Tensor:
-    bound = -1 if call.num_slots is None else call.num_slots
-    x_TH, ids_TK, w13, w2 = call.x_TH, call.ids_TK, call.w13, call.w2
-    if (
-        len(call.kinds) == 1
-        and call.kinds[0][0] == "identity"
-        and ops.takes_few(x_TH, ids_TK, w13, w2, call.activation)
-    ):
-        return ops.moe_ffn_few(x_TH, call.weights_TK, ids_TK, w13, w2, call.kinds[0][1], bound)
-    return ops.moe_ffn_from_ids(
-        call.x_TH, call.weights_TK, call.ids_TK, call.w13, call.w2, *_affine(call), bound, call.activation
-    )
-
-
-def _infer_triton(call: Call) -> Tensor:
-    """Lost tokens are found by the kernels that read x anyway."""
-    T, K = call.ids_TK.shape
-    slots = call.num_slots or call.num_experts
-    block_m = triton_experts.rows_per_tile(T, K, slots)
-    codes = kernel_kinds(call.kinds)
-    *plan, alpha_T, beta_TC = triton_experts.plan_tiles(
-        call.weights_TK,
-        call.ids_TK,
-        num_experts=call.num_experts,
-        num_slots=-1 if call.num_slots is None else call.num_slots,
-        block_m=block_m,
-        kinds=codes or (),
-        scale_S=call.params.scale,
-        constant_logits_TC2=None if codes is None else call.constant_logits_TC2,
-    )
-    if codes is None:  # a kind that the kernel has no code for
-        affine = _affine(call)
-    else:
-        affine = alpha_T, None if call.params.constant_value is None else beta_TC, call.params.constant_value
-    return triton_experts.moe_ffn_tiles(
-        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation
-    )
-
-
-def _train_triton(call: Call) -> Tensor:
-    """Lost tokens are found by the kernels here too."""
-    T, K = call.ids_TK.shape
-    slots = call.num_slots or call.num_experts
-    block_m = triton_experts.training_rows_per_tile(T, K, slots)
-    *plan, _, _ = triton_experts.plan_tiles(
-        call.weights_TK.detach(),
-        call.ids_TK,
-        num_experts=call.num_experts,
-        num_slots=-1 if call.num_slots is None else call.num_slots,
-        block_m=block_m,
-        kinds=(),
-        scale_S=None,
-        constant_logits_TC2=None,
-    )
-    affine = *_coefficients(call), call.params.constant_value
-    return triton_experts.moe_ffn_tiles_train(
-        call.x_TH, call.weights_TK, plan, block_m, call.w13, call.w2, affine, call.activation, call.main_grads
-    )
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute a layer.
-
-    name: what `backend=` takes. about: one line for people. devices: device types it runs on, None for all.
-    dtypes: of x and weights. moe_ffn: the differentiable op over a RoutingPlan, or None. infer: the layer from weights
-    and ids, where no gradient is wanted, or None for a plan and moe_ffn. train: likewise where one is wanted.
-    most_experts: E, or None for any. missing: the package that it needs and that is not installed.
-    """
-
-    name: str
-    about: str
-    devices: tuple[str, ...] | None
-    dtypes: tuple[torch.dtype, ...]
-    moe_ffn: Callable[..., Tensor] | None
-    infer: Callable[[Call], Tensor] | None = None
-    train: Callable[[Call], Tensor] | None = None
-    most_experts: int | None = None
-    missing: str | None = None
-
-
-BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(
-        name="cpu",
-        about="our own dispatch for CPUs",
-        devices=("cpu",),
-        dtypes=_FLOATS,
-        moe_ffn=ops.moe_ffn,
-        infer=_infer_cpu,
-    ),
-    "triton": Backend(
-        name="triton",
-        about="fused kernels for NVIDIA GPUs",
-        devices=("cuda",),
-        dtypes=triton_experts.DTYPES,
-        moe_ffn=None,
-        infer=_infer_triton,
-        train=_train_triton,
-        most_experts=triton_experts.MOST_EXPERTS,
-        missing=None if library.HAS_TRITON else "triton",
-    ),
-    "torch": Backend(
-        name="torch",
-        about="sort and torch grouped_mm, any device",
-        devices=None,
-        dtypes=_FLOATS,
-        moe_ffn=ops.moe_ffn_grouped,
-    ),
-}
-
-
-def check_backend(name: str | None) -> None:
-    """Raise ValueError for a name that is not in BACKENDS."""
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
-
-
-def _lacks(device: torch.device | str) -> str:
-    """What a CUDA device lacks to run our kernels. Asked only where CUDA is in use, and not while code is traced."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-        return ""  # asking would initialise CUDA, and a process that did may not fork
-    return library.why_not(torch.device(device))
-
-
-def resolve_backend(
-    device: torch.device | str,
-    dtype: torch.dtype,
-    name: str | None = None,
-    *,
-    gradients: bool = False,
-    planned: bool = False,
-    num_experts: int = 0,
-) -> Backend:
-    """The backend called `name`, or the first of BACKENDS that can work on `device` in `dtype`.
-
-    Args:
-        gradients: it has to be differentiable. planned: over a RoutingPlan that is there already. num_experts: E.
-
-    Raises:
-        ValueError: for an unknown name, or one that cannot work there, with the reason.
-    """
-    device_type = torch.device(device).type
-    check_backend(name)
-    reasons = []
-    for backend in BACKENDS.values() if name is None else (BACKENDS[name],):
-        needs = f"backend {backend.name!r} needs"
-        if backend.devices is not None and device_type not in backend.devices:
-            reasons.append(f"{needs} a device of {backend.devices}, got {device_type!r}")
-        elif dtype not in backend.dtypes:
-            reasons.append(f"{needs} a dtype of {backend.dtypes}, got {dtype}")
-        elif backend.missing is not None:
-            reasons.append(f"{needs} the package {backend.missing}: pip install 'zemoe[{backend.missing}]'")
-        elif backend.name == "triton" and _lacks(device):
-            reasons.append(f"{needs} {_lacks(device)}")
-        elif backend.most_experts is not None and num_experts > backend.most_experts:
-            reasons.append(f"{needs} num_experts <= {backend.most_experts}, got {num_experts}")
-        elif planned and backend.moe_ffn is None:
-            reasons.append(f"{needs} fused_experts, where it makes a plan of its own")
-        elif gradients and backend.moe_ffn is None and backend.train is None:
-            reasons.append(f"{needs} torch.no_grad() or inputs without requires_grad: it has no backward pass")
-        else:
-            return backend
-    raise ValueError("; ".join(reasons))
 
 
 def moe_activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -288,14 +78,14 @@ def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return found[0], found[1]
 
 
-def _check_main_grads(backend: str, *, kept: bool, leaves: bool) -> None:
+def _check_main_grads(backend: Backend, *, kept: bool, leaves: bool) -> None:
     """ValueError unless the backend adds gradients to main_grad.
 
     kept: w13 and w2 are used as they were given. leaves: those with a main_grad are no results of other tensors.
     """
     what = "w13.main_grad and w2.main_grad are filled by the backend 'triton' alone"
-    if backend != "triton":
-        raise ValueError(f"{what}, and this layer runs on {backend!r}; remove the attributes")
+    if not backend.adds_main_grads:
+        raise ValueError(f"{what}, and this layer runs on {backend.name!r}; remove the attributes")
     if not kept:
         raise ValueError(f"{what}, of weights in the dtype that is computed in, and autocast casts them")
     if not leaves:
@@ -304,21 +94,24 @@ def _check_main_grads(backend: str, *, kept: bool, leaves: bool) -> None:
         raise ValueError(f"{what}, and not in compiled code; remove the attributes or don't compile the layer")
 
 
-def _kinds_and_bound(kinds: str | Sequence[tuple[str, int]], num_experts: int) -> tuple[ZeroExpertKinds, int | None]:
-    """Canonical kinds, and the number of slots where the kinds say it."""
+def _kinds_and_slots(
+    kinds: str | Sequence[tuple[str, int]], num_experts: int, params: AffineParams
+) -> tuple[ZeroExpertKinds, int | None]:
+    """Canonical kinds, checked, and the number of slots where the kinds say it."""
     if isinstance(kinds, str):
-        # Named by one kind alone: every id from num_experts on is of that kind.
-        return expand_kinds(kinds, _ALL_HIGHER_IDS - num_experts), None
-    expanded = expand_kinds(kinds)
-    return expanded, num_experts + sum(count for _, count in expanded)
+        expanded, num_slots = kinds_of_all_ids(kinds, num_experts, params)
+    else:
+        expanded = expand_kinds(kinds)
+        num_slots = num_experts + sum(count for _, count in expanded)
+    check_kinds(expanded)
+    return expanded, num_slots
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as it would do for a matmul."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
@@ -331,26 +124,65 @@ def unflatten(y_TH: Tensor, shape: torch.Size) -> Tensor:
     return y_TH if len(shape) == 2 else reshape_without_view(y_TH, shape)
 
 
-def moe_ffn(
+def _constant_logits(params: AffineParams, x_TH: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """W_j x of the constant experts, [T, C, 2] in `dtype`."""
+    if params.constant_router is None:
+        return None
+    with library.without_autocast(x_TH.device):
+        rows = params.constant_router.to(dtype).flatten(0, 1)
+        return torch.nn.functional.linear(x_TH.to(dtype), rows).unflatten(1, (-1, 2))
+
+
+def _compute(given: ExpertsInput, backend: Backend) -> Tensor:
+    """[T, H] from tensors as a caller has them: they are checked here, and cast where autocast is on."""
+    main_grads = _main_grads(given.w13, given.w2)
+    x_TH, w13, w2 = _autocast(given.x_TH, given.w13, given.w2)
+    check_params(given.kinds, given.params, x_TH.shape[1])
+    _check_tensors(x_TH, w13, w2, given.weights_TK, given.ids_TK, given.num_experts)
+    weights_TK = given.weights_TK.to(torch.promote_types(x_TH.dtype, torch.float32))
+    constant_logits = given.constant_logits_TC2
+    if constant_logits is None:
+        constant_logits = _constant_logits(given.params, x_TH, weights_TK.dtype)
+    differentiable = (x_TH, weights_TK, w13, w2, *given.params, constant_logits)
+    library.refuse_transforms(*differentiable)
+    trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
+    if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced
+        weights = zip((given.w13, given.w2), main_grads, strict=True)
+        leaves = all(main is None or weight.is_leaf for weight, main in weights)
+        _check_main_grads(backend, kept=w13 is given.w13 and w2 is given.w2, leaves=leaves)
+    compute = backend.train if trained else backend.infer
+    assert compute is not None, "backend_of asks for gradients where they are on"
+    checked = ExpertsInput(
+        x_TH, weights_TK, given.ids_TK, w13, w2, *given[5:9], constant_logits, given.activation, main_grads
+    )
+    return compute(checked)
+
+
+def weighted_experts(
     x_TH: Tensor,
-    topk_weights_TK: Tensor,
-    plan: RoutingPlan,
+    routing: Routing,
     w13: Tensor,
     w2: Tensor,
-    affine: tuple[Tensor, Tensor | None, Tensor | None],
-    *,
-    activation: str = "silu",
-    backend: str | None = None,
+    config: MoEConfig,
+    affine_params: AffineParams | None = None,
+    constant_logits: Tensor | None = None,
+    backend: str | Backend | None = None,
 ) -> Tensor:
-    """The weighted sums of the planned FFN rows plus the affine terms (alpha_T, beta_TC, value_CH): [T, H].
-
-    See zemoe.ops.experts.moe_ffn for shapes and dtypes, which are not checked here again.
-    """
-    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=True, planned=True)
-    assert chosen.moe_ffn is not None
-    return chosen.moe_ffn(
-        x_TH, topk_weights_TK, plan.row_token_N, plan.slot_row_MK, plan.expert_offsets, w13, w2, *affine, activation
+    """[T, H]: the weighted sum of the experts that `routing` chose, by the numbers of `config`; see `fused_experts`."""
+    given = ExpertsInput(
+        x_TH,
+        routing.topk_weights_TK,
+        routing.topk_ids_TK,
+        w13,
+        w2,
+        config.num_experts,
+        config.num_slots,
+        config.zero_expert_kinds,
+        affine_params or NO_PARAMS,
+        constant_logits,
+        config.activation,
     )
+    return _compute(given, backend_of(x_TH, config.num_experts, backend))
 
 
 def fused_experts(
@@ -364,7 +196,7 @@ def fused_experts(
     zero_expert_kinds: str | Sequence[tuple[str, int]],
     affine_params: AffineParams | None = None,
     activation: str = "silu",
-    backend: str | None = None,
+    backend: str | Backend | None = None,
     constant_logits: Tensor | None = None,
 ) -> Tensor:
     """y_t = sum_k weight_tk * expert_{id_tk}(x_t), FFN and zero-computation experts together.
@@ -384,7 +216,7 @@ def fused_experts(
         zero_expert_kinds: (kind, count) pairs in id order, or one kind for all ids from E on.
         affine_params: what constant and scaled_identity experts learn, or None.
         activation: "silu", "gelu" or "gelu_tanh".
-        backend: a name in BACKENDS, or None for the first that works on this device and dtype.
+        backend: a name in BACKENDS, what `resolve_backend` returned, or None for the first that works here.
         constant_logits: [T, C, 2] float32, W_j x where the caller has it already; computed here otherwise.
 
     Returns:
@@ -396,54 +228,12 @@ def fused_experts(
             that names no slot (elsewhere such a choice is skipped).
         RuntimeError: in forward-mode differentiation, torch.vmap, and torch.func's grad, vjp and their like.
     """
-    if hidden_states.ndim < 1 or not hidden_states.is_floating_point():
-        raise ValueError(
-            f"hidden_states must be a float [..., H] tensor, got {hidden_states.dtype} {tuple(hidden_states.shape)}"
-        )
+    chosen = backend_of(hidden_states, num_experts, backend)
     check_count("num_experts", num_experts, 0)
-    params = affine_params or AffineParams()
-    kinds, num_slots = _kinds_and_bound(zero_expert_kinds, num_experts)
-    if isinstance(zero_expert_kinds, str) and zero_expert_kinds in ("constant", "scaled_identity"):
-        learned = params.constant_value if zero_expert_kinds == "constant" else params.scale
-        if learned is None:
-            raise ValueError(f"affine_params must hold what the kind {zero_expert_kinds!r} learns, got {affine_params}")
-        kinds, num_slots = _kinds_and_bound(((zero_expert_kinds, learned.shape[0]),), num_experts)
-    check_kinds(kinds)
+    params = affine_params or NO_PARAMS
+    kinds, num_slots = _kinds_and_slots(zero_expert_kinds, num_experts, params)
     moe_activation(activation)
-    given, main_grads = (w13, w2), _main_grads(w13, w2)
-    x_TH, w13, w2 = _autocast(hidden_states.reshape(-1, hidden_states.shape[-1]), w13, w2)
-    check_params(kinds, params, x_TH.shape[1])
-    _check_tensors(x_TH, w13, w2, topk_weights, topk_ids, num_experts)
-
-    weights_TK = topk_weights.to(torch.promote_types(x_TH.dtype, torch.float32))
-    if params.constant_router is not None and constant_logits is None:
-        with library.without_autocast(x_TH.device):
-            rows = params.constant_router.to(weights_TK.dtype).flatten(0, 1)
-            constant_logits = torch.nn.functional.linear(x_TH.to(weights_TK.dtype), rows).unflatten(1, (-1, 2))
-    call = Call(
-        x_TH,
-        weights_TK,
-        topk_ids,
-        w13,
-        w2,
-        num_experts,
-        num_slots,
-        kinds,
-        params,
-        constant_logits,
-        activation,
-        main_grads,
-    )
-    differentiable = (x_TH, weights_TK, w13, w2, *params, constant_logits)
-    library.refuse_transforms(*differentiable)
-    trained = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable)
-    chosen = resolve_backend(x_TH.device, x_TH.dtype, backend, gradients=trained, num_experts=num_experts)
-    if trained and any(main is not None for main in main_grads):  # `!=` would compare tensors, which can't be traced
-        leaves = all(main is None or weight.is_leaf for weight, main in zip(given, main_grads, strict=True))
-        _check_main_grads(chosen.name, kept=w13 is given[0] and w2 is given[1], leaves=leaves)
-    whole = chosen.train if trained else chosen.infer
-    if whole is not None:
-        return unflatten(whole(call), hidden_states.shape)
-    plan = make_plan(topk_ids, num_experts, num_slots)
-    y_TH = moe_ffn(x_TH, weights_TK, plan, w13, w2, _affine(call), activation=activation, backend=chosen.name)
-    return unflatten(y_TH, hidden_states.shape)
+    x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    routed = x_TH, topk_weights, topk_ids, w13, w2
+    given = ExpertsInput(*routed, num_experts, num_slots, kinds, params, constant_logits, activation)
+    return unflatten(_compute(given, chosen), hidden_states.shape)

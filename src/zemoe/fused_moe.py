@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
+from .backends import Backend, backend_of
 from .casts import StaysFloat32
-from .config import MoEConfig, ZeroExpertKinds, check_count, expand_kinds
+from .config import MoEConfig, RoutingRules, ZeroExpertKinds, check_count, expand_kinds, renormalize_mode
 from .experts import fused_experts, moe_activation
 from .routing import Routing, Selector
 from .scores import check_scoring
@@ -135,7 +136,7 @@ class FusedMoE(StaysFloat32):
         self.scoring_func = scoring_func
         self.routed_scaling_factor = routed_scaling_factor
         self.activation = activation
-        self._check_config()
+        MoEConfig(hidden_size=hidden_size, intermediate_size=intermediate_size, **vars(self._rules()))
         check_scoring(scoring_func)
         moe_activation(activation)
         if e_score_correction_bias is not None:
@@ -159,14 +160,14 @@ class FusedMoE(StaysFloat32):
     def _selection_bias(self) -> Tensor | None:
         return self.e_score_correction_bias
 
-    def _check_config(self) -> None:
-        MoEConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
+    def _rules(self) -> RoutingRules:
+        """How slots are chosen, by the layer's attributes as they are now."""
+        return RoutingRules(
             num_experts=self.num_experts,
             top_k=self.top_k,
             zero_expert_kinds=self._zero_expert_kinds(),
-            renormalize=self.renormalize,
+            scoring_func=self.scoring_func,
+            renormalize=renormalize_mode(self.renormalize),
             routed_scaling_factor=self.routed_scaling_factor,
             num_expert_group=self.num_expert_group if self.use_grouped_topk else None,
             topk_group=self.topk_group if self.use_grouped_topk else None,
@@ -177,7 +178,7 @@ class FusedMoE(StaysFloat32):
         """A, the number of logits that forward takes."""
         return self.num_experts + sum(count for _, count in self._zero_expert_kinds())
 
-    def route(self, hidden_states: Tensor, router_logits: Tensor) -> Routing:
+    def route(self, hidden_states: Tensor, router_logits: Tensor, backend: Backend | None = None) -> Routing:
         """The Routing of x [T, H] with logits [T, A], by the layer's attributes as they are now."""
         if self.custom_routing_function is not None:
             weights, ids = self.custom_routing_function(
@@ -187,18 +188,9 @@ class FusedMoE(StaysFloat32):
                 renormalize=self.renormalize,
             )
             return Routing(router_logits, weights, ids)
-        return self.selector(
-            router_logits,
-            self.top_k,
-            num_experts=self.num_experts,
-            zero_expert_kinds=self._zero_expert_kinds(),
-            scoring_func=self.scoring_func,
-            renormalize=self.renormalize,
-            e_score_correction_bias=self._selection_bias(),
-            routed_scaling_factor=self.routed_scaling_factor,
-            num_expert_group=self.num_expert_group if self.use_grouped_topk else None,
-            topk_group=self.topk_group if self.use_grouped_topk else None,
-        )
+        if backend is None:
+            backend = backend_of(hidden_states, self.num_experts)
+        return self.selector(router_logits, self._rules(), self._selection_bias(), backend)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         """The output [..., H] for hidden_states [..., H] and full router_logits [..., A]; same dtype and device.
@@ -219,7 +211,9 @@ class FusedMoE(StaysFloat32):
             raise ValueError(
                 f"router_logits must be on {hidden_states.device} like hidden_states, got {router_logits.device}"
             )
-        routing = self.route(hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_slots))
+        backend = backend_of(hidden_states, self.num_experts)
+        x_TH, logits_TA = hidden_states.reshape(-1, self.hidden_size), router_logits.reshape(-1, self.num_slots)
+        routing = self.route(x_TH, logits_TA, backend)
         return fused_experts(
             hidden_states,
             self.w13_weight,
@@ -230,6 +224,7 @@ class FusedMoE(StaysFloat32):
             zero_expert_kinds=self._zero_expert_kinds(),
             affine_params=self._affine_params(),
             activation=self.activation,
+            backend=backend,
         )
 
     def weight_loader(
@@ -334,7 +329,7 @@ class ZeroExpertFusedMoE(FusedMoE):
         check_count("zero_expert_num", zero_expert_num, 0)
         kinds = expand_kinds(zero_expert_type, zero_expert_num)
         check_kinds(kinds)
-        # Read by _check_config before nn.Module is ready, and a registered router would be saved twice.
+        # Read by _rules before nn.Module is ready, and a registered router would be saved twice.
         self.__dict__["_kinds"] = kinds
         self.__dict__["router"] = router
         router_bias = getattr(router, "e_score_correction_bias", None)

@@ -11,36 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineParams, check_kinds, count_kind
+from .backends import backend_of, check_backend
 from .casts import StaysFloat32
 from .config import MoEConfig
-from .experts import check_backend, fused_experts, moe_activation, unflatten
+from .experts import moe_activation, unflatten, weighted_experts
 from .routing import Router, Routing
-
-
-def weighted_experts(
-    x_TH: Tensor,
-    routing: Routing,
-    w13: Tensor,
-    w2: Tensor,
-    config: MoEConfig,
-    affine_params: AffineParams | None = None,
-    constant_logits: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """[T, H]: the weighted sum of the experts that `routing` chose, by the numbers of `config`; see `fused_experts`."""
-    return fused_experts(
-        x_TH,
-        w13,
-        w2,
-        routing.topk_weights_TK,
-        routing.topk_ids_TK,
-        num_experts=config.num_experts,
-        zero_expert_kinds=config.zero_expert_kinds,
-        affine_params=affine_params,
-        activation=config.activation,
-        backend=backend,
-        constant_logits=constant_logits,
-    )
 
 
 class SharedExperts(nn.Module):
@@ -82,7 +57,7 @@ class MoE(StaysFloat32):
         shared_intermediate_size: width of the shared experts, 0 for none. shared_gated: weigh them by a sigmoid gate.
         dtype: of the expert weights, shared ones too; the router, its selection bias and the affine parameters are
             float32, and stay so under `.to(torch.bfloat16)`, `.half()` and `.double()`.
-        backend: a name in zemoe.experts.BACKENDS, or None for the first that works where the input is.
+        backend: a name in zemoe.backends.BACKENDS, or None for the first that works where the input is.
 
     Parameters: `w13 [E, 2I, H]`, `w2 [E, H, I]`, `router.classifier.weight`, and where there are experts of that kind
     `constant_router [C, 2, H]`, `constant_value [C, H]`, `scale [S]`. All are initialised: normal with a standard
@@ -217,8 +192,9 @@ class MoE(StaysFloat32):
         x_TH = hidden_states.reshape(-1, config.hidden_size)
         # The constant experts' own small router rides along in the classifier's product.
         rows = None if self.constant_router is None else self.constant_router.flatten(0, 1)
-        logits_TA, constant = self.router.project(x_TH, prev_logits, rows)
-        routing = self.router.select(logits_TA)
+        backend = backend_of(hidden_states, config.num_experts, self.backend)
+        logits_TA, constant = self.router.project(x_TH, prev_logits, rows, backend)
+        routing = self.router.select(logits_TA, backend)
         y_TH = weighted_experts(
             x_TH,
             routing,
@@ -227,7 +203,7 @@ class MoE(StaysFloat32):
             config,
             AffineParams(self.constant_router, self.constant_value, self.scale),
             None if rows is None else constant.unflatten(1, (-1, 2)),
-            self.backend,
+            backend,
         )
         if self.shared_experts is not None:
             y_TH = y_TH + self.shared_experts(x_TH)

@@ -6,7 +6,7 @@ travel to the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +14,7 @@ from .config import check_count
 from .ops.experts import plan
 
 
-@dataclass(frozen=True)
-class RoutingPlan:
+class RoutingPlan(NamedTuple):
     """The (token, FFN expert) pairs sorted by expert, in order of tokens within an expert.
 
     row_token_N: the token of each row; rows from expert_offsets[E] on belong to nobody and name token 0.

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import Backend, backend_of
 from .casts import StaysFloat32
 from .config import MoEConfig
-from .experts import unflatten
-from .layer import weighted_experts
+from .experts import unflatten, weighted_experts
 from .routing import Routing, Selector, router_logits
 from .separate_experts import LoadsSeparateExperts
 
@@ -48,7 +48,9 @@ class ZeroExpertGate(StaysFloat32):
     weight: Tensor
     stays_float32 = ("e_score_correction_bias",)  # the weight is cast, as the router's own class needs it
 
-    def forward(self, hidden_states: Tensor, zero_weight_ZH: Tensor | None = None) -> Any:
+    def forward(
+        self, hidden_states: Tensor, zero_weight_ZH: Tensor | None = None, backend: Backend | None = None
+    ) -> Any:
         """Logits of x [T, H] over all A slots in float32, and the selection bias [E] if there is one.
 
         Without the zero experts' rows what the router's own class gives.
@@ -56,21 +58,29 @@ class ZeroExpertGate(StaysFloat32):
         if zero_weight_ZH is None:
             return super().forward(hidden_states)
         weight_EH = self.weight
-        logits_TA = router_logits(hidden_states, torch.cat([weight_EH, zero_weight_ZH.to(weight_EH.dtype)]))
+        weight_AH = torch.cat([weight_EH, zero_weight_ZH.to(weight_EH.dtype)])
+        logits_TA = router_logits(hidden_states, weight_AH, backend)
         return logits_TA, self._buffers.get("e_score_correction_bias")
 
 
 class ZeroExpertExperts(LoadsSeparateExperts):
     """A trained block's experts, for all slots where the block gives its rules; mixed in likewise."""
 
-    def forward(self, x_TH: Tensor, *choices: Tensor, routing: Routing | None = None, rules: Any = None) -> Tensor:
+    def forward(
+        self,
+        x_TH: Tensor,
+        *choices: Tensor,
+        routing: Routing | None = None,
+        rules: Any = None,
+        backend: Backend | None = None,
+    ) -> Tensor:
         """[T, H], the weighted sums by `routing` over all A slots and the block's `rules`, a MoEConfig.
 
         Without them what the experts' own class gives for its `choices`.
         """
         if routing is None:
             return super().forward(x_TH, *choices)
-        return weighted_experts(x_TH, routing, self.gate_up_proj, self.down_proj, rules)
+        return weighted_experts(x_TH, routing, self.gate_up_proj, self.down_proj, rules, backend=backend)
 
 
 class ZeroExpertBlock(StaysFloat32):
@@ -124,20 +134,11 @@ class ZeroExpertBlock(StaysFloat32):
             for where in (self._parameters, self._buffers, self._modules, vars(self)):
                 where.pop(added, None)
 
-    def route(self, x_TH: Tensor) -> Routing:
+    def route(self, x_TH: Tensor, backend: Backend | None = None) -> Routing:
         """The Routing of x [T, H] over all A slots, in float32 whatever the dtype of the model."""
-        rules = self.rules
-        logits_TA, gate_bias_E = self.gate(x_TH, self.zero_weight)
-        return self.selector(
-            logits_TA,
-            rules.top_k,
-            num_experts=rules.num_experts,
-            zero_expert_kinds=rules.zero_expert_kinds,
-            scoring_func=rules.scoring_func,
-            renormalize=rules.renormalize,
-            e_score_correction_bias=self.e_score_correction_bias if gate_bias_E is None else self._bias(gate_bias_E),
-            routed_scaling_factor=rules.routed_scaling_factor,
-        )
+        logits_TA, gate_bias_E = self.gate(x_TH, self.zero_weight, backend)
+        bias = self.e_score_correction_bias if gate_bias_E is None else self._bias(gate_bias_E)
+        return self.selector(logits_TA, self.rules, bias, backend)
 
     def _bias(self, gate_bias_E: Tensor) -> Tensor:
         """The gate's selection bias [E], or [A] where zero experts have one too."""
@@ -149,7 +150,8 @@ class ZeroExpertBlock(StaysFloat32):
         if not self.zero_experts_enabled:
             return super().forward(hidden_states)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        y_TH = self.experts(x_TH, routing=self.route(x_TH), rules=self.rules)
+        backend = backend_of(x_TH, self.rules.num_experts)
+        y_TH = self.experts(x_TH, routing=self.route(x_TH, backend), rules=self.rules, backend=backend)
         y = unflatten(y_TH, hidden_states.shape)
         shared_experts = self._modules.get("shared_experts")
         return y if shared_experts is None else y + shared_experts(hidden_states)

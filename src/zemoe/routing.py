@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._compat import inside_backward
+from .backends import Backend, routing_backend
 from .casts import StaysFloat32
 from .config import (
     MoEConfig,
+    RoutingRules,
     ZeroExpertKinds,
     check_count,
     check_groups,
@@ -26,10 +28,8 @@ from .config import (
     renormalize_mode,
     warn_of_weights_without_gradient,
 )
-from .ops import triton_routing
-from .ops.library import can_run, without_autocast
-from .ops.routing import select_few, selects_few, topk_ids
-from .scores import SCORES, check_scoring, renormalized
+from .ops.library import without_autocast
+from .scores import check_scoring
 
 
 class Routing(NamedTuple):
@@ -44,37 +44,42 @@ class Routing(NamedTuple):
     topk_ids_TK: Tensor
 
 
-def _checked_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
-    """The selection bias in float32, of length A or E."""
+def _check_bias(bias: Tensor, num_experts: int, num_slots: int) -> None:
     if bias.ndim != 1 or bias.shape[0] not in (num_experts, num_slots):
         raise ValueError(
             f"e_score_correction_bias must have shape ({num_slots},) or ({num_experts},), got {tuple(bias.shape)}"
         )
-    return bias.detach().float()
 
 
-def _slot_bias(bias: Tensor, num_experts: int, num_slots: int) -> Tensor:
-    """The selection bias over all A slots; zero-computation slots of a bias of length E get 0."""
-    bias = _checked_bias(bias, num_experts, num_slots)
-    return bias if bias.shape[0] == num_slots else F.pad(bias, (0, num_slots - bias.shape[0]))
+def _check_rules(rules: RoutingRules, logits_TA: Tensor, has_bias: bool) -> None:
+    """Raise ValueError unless slots can be chosen by these rules from these logits."""
+    if logits_TA.ndim != 2 or not logits_TA.is_floating_point():
+        raise ValueError(f"logits_TA must be a float [T, A] tensor, got {logits_TA.dtype} {tuple(logits_TA.shape)}")
+    num_slots, num_experts, kinds = logits_TA.shape[1], rules.num_experts, rules.zero_expert_kinds
+    check_count("top_k", rules.top_k, 1)
+    check_count("num_experts", num_experts, 0)
+    if num_experts > num_slots:
+        raise ValueError(f"num_experts={num_experts} exceeds the {num_slots} slots of logits_TA")
+    if rules.top_k > num_slots:
+        raise ValueError(f"top_k={rules.top_k} exceeds the {num_slots} slots of logits_TA")
+    check_scoring(rules.scoring_func)
+    if kinds and rules.num_slots != num_slots:
+        raise ValueError(
+            f"zero_expert_kinds must name the {num_slots - num_experts} slots of logits_TA ({num_slots}) beyond "
+            f"num_experts={num_experts}, got {kinds}"
+        )
+    check_groups(rules.num_expert_group, rules.topk_group, num_slots, rules.top_k, has_bias)
 
 
-def _limit_to_groups(choice_TA: Tensor, num_expert_group: int, topk_group: int, has_bias: bool) -> Tensor:
-    T, A = choice_TA.shape
-    choice_TGS = choice_TA.view(T, num_expert_group, A // num_expert_group)
-    value_TG = choice_TGS.topk(2, dim=-1).values.sum(-1) if has_bias else choice_TGS.amax(-1)
-    best_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter(1, topk_ids(value_TG, None, topk_group), True)
-    return choice_TGS.masked_fill(~best_TG[:, :, None], float("-inf")).view(T, A)
-
-
-def _null_ranges(kinds: ZeroExpertKinds, num_experts: int) -> list[tuple[int, int]]:
-    """(first, stop) of the slots of kind zero."""
-    ranges, first = [], num_experts
-    for kind, count in kinds:
-        if kind == "zero":
-            ranges.append((first, first + count))
-        first += count
-    return ranges
+def select(
+    logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None = None, backend: str | Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """`select_experts` by rules as one object, canonical as in MoEConfig; bias: [A] or [E]."""
+    _check_rules(rules, logits_TA, bias is not None)
+    if bias is not None:
+        _check_bias(bias, rules.num_experts, logits_TA.shape[1])
+        bias = bias.detach().float()
+    return routing_backend(logits_TA, backend).select(logits_TA.float(), rules, bias)
 
 
 def select_experts(
@@ -89,6 +94,7 @@ def select_experts(
     routed_scaling_factor: float = 1.0,
     num_expert_group: int | None = None,
     topk_group: int | None = None,
+    backend: str | Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose K of A slots for each token, and weigh them.
 
@@ -96,8 +102,7 @@ def select_experts(
 
     Args:
         logits_TA: [T, A] router logits of any float dtype; computed in float32.
-        top_k: K.
-        num_experts: E; slots from E on are zero-computation experts.
+        top_k: K. num_experts: E; slots from E on are zero-computation experts.
         zero_expert_kinds: (kind, count) in id order; only renormalize="nonnull" looks at the kinds.
         scoring_func: a name in SCORES.
         renormalize: "none" (LongCat), "all" (ZEDA), "real" (AdaMoE), "nonnull" (MoE++), or True / False
@@ -105,6 +110,7 @@ def select_experts(
         e_score_correction_bias: [A] or [E], added for the selection only. No gradient.
         routed_scaling_factor: multiplies all weights.
         num_expert_group, topk_group: the group limit of DeepSeek-V3, or None.
+        backend: a name in BACKENDS, or None for the first that works on this device.
 
     Returns:
         (topk_weights_TK float32, topk_ids_TK int64), best choice first, ties to the lower id. A slot with logit -inf is
@@ -113,69 +119,26 @@ def select_experts(
     Raises:
         ValueError: for a shape, name or count that does not fit, naming it. RuntimeError: under torch.vmap.
     """
-    if logits_TA.ndim != 2 or not logits_TA.is_floating_point():
-        raise ValueError(f"logits_TA must be a float [T, A] tensor, got {logits_TA.dtype} {tuple(logits_TA.shape)}")
-    num_slots = logits_TA.shape[1]
-    check_count("top_k", top_k, 1)
-    check_count("num_experts", num_experts, 0)
-    if num_experts > num_slots:
-        raise ValueError(f"num_experts={num_experts} exceeds the {num_slots} slots of logits_TA")
-    if top_k > num_slots:
-        raise ValueError(f"top_k={top_k} exceeds the {num_slots} slots of logits_TA")
-    check_scoring(scoring_func)
-    mode = renormalize_mode(renormalize)
-    kinds = expand_kinds(zero_expert_kinds)
-    if kinds and num_experts + sum(count for _, count in kinds) != num_slots:
-        raise ValueError(
-            f"zero_expert_kinds must name the {num_slots - num_experts} slots of logits_TA ({num_slots}) beyond "
-            f"num_experts={num_experts}, got {kinds}"
-        )
-    check_groups(num_expert_group, topk_group, num_slots, top_k, e_score_correction_bias is not None)
-
-    logits_TA = logits_TA.float()
-    bias = e_score_correction_bias
-    small = num_slots <= triton_routing.MOST_SLOTS and top_k <= triton_routing.MOST_CHOICES
-    if small and scoring_func in triton_routing.SCORES and can_run(logits_TA):
-        return triton_routing.select_experts(
-            logits_TA,
-            None if bias is None else _checked_bias(bias, num_experts, num_slots),
-            top_k,
-            num_experts=num_experts,
-            scoring=scoring_func,
-            renormalize=mode,
-            scaling=routed_scaling_factor,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
-            null_ranges=_null_ranges(kinds, num_experts),
-        )
-    if scoring_func == "softmax" and mode != "nonnull" and num_expert_group is None and selects_few(logits_TA):
-        bias = None if bias is None else _checked_bias(bias, num_experts, num_slots)
-        dropped = num_experts if mode == "real" else num_slots
-        return select_few(logits_TA, bias, top_k, dropped, mode != "none", routed_scaling_factor)
-    scores_TA = SCORES[scoring_func](logits_TA)
-    choice_TA = scores_TA.detach()
-    if e_score_correction_bias is not None:
-        choice_TA = choice_TA + _slot_bias(e_score_correction_bias, num_experts, num_slots)
-    if num_expert_group is not None and topk_group is not None:
-        choice_TA = torch.where(logits_TA == float("-inf"), float("-inf"), choice_TA)
-        choice_TA = _limit_to_groups(choice_TA, num_expert_group, topk_group, e_score_correction_bias is not None)
-    ids_TK = topk_ids(choice_TA, logits_TA.detach(), top_k)
-    weights_TK = renormalized(scores_TA.gather(1, ids_TK), ids_TK, mode, num_experts, _null_ranges(kinds, num_experts))
-    if routed_scaling_factor != 1.0:
-        weights_TK = weights_TK * routed_scaling_factor
-    return weights_TK, ids_TK
+    rules = RoutingRules(
+        num_experts=num_experts,
+        top_k=top_k,
+        zero_expert_kinds=expand_kinds(zero_expert_kinds),
+        scoring_func=scoring_func,
+        renormalize=renormalize_mode(renormalize),
+        routed_scaling_factor=routed_scaling_factor,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+    )
+    return select(logits_TA, rules, e_score_correction_bias, backend)
 
 
-def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
+def router_logits(x_TH: Tensor, weight_RH: Tensor, backend: str | Backend | None = None) -> Tensor:
     """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast.
 
     A `backward()` inside of autocast, which torch advises against, rounds this product's gradients to autocast's dtype
     on devices without our kernel, as it does those of every torch product that was made outside of autocast.
     """
-    if x_TH.dtype in triton_routing.DTYPES and weight_RH.dtype == torch.float32 and can_run(x_TH):
-        return triton_routing.router_logits(x_TH, weight_RH)
-    with without_autocast(x_TH.device):
-        return F.linear(x_TH.float(), weight_RH.float())
+    return routing_backend(x_TH, backend).router_logits(x_TH, weight_RH)
 
 
 def normalize_logits(logits_TA: Tensor, scale: float) -> Tensor:
@@ -196,11 +159,17 @@ class RoutingModule(nn.Module):
 
 
 class Selector(RoutingModule):
-    """`select_experts` as a stateless module: it exists to be observed."""
+    """`select` as a stateless module: it exists to be observed."""
 
-    def forward(self, logits_TA: Tensor, top_k: int, **rules) -> Routing:
+    def forward(
+        self,
+        logits_TA: Tensor,
+        rules: RoutingRules,
+        bias: Tensor | None = None,
+        backend: str | Backend | None = None,
+    ) -> Routing:
         logits_TA = logits_TA.float()
-        return Routing(logits_TA, *select_experts(logits_TA, top_k, **rules))
+        return Routing(logits_TA, *select(logits_TA, rules, bias, backend))
 
 
 class Router(StaysFloat32):
@@ -251,7 +220,11 @@ class Router(StaysFloat32):
         self.selector = Selector()
 
     def project(
-        self, x_TH: Tensor, prev_logits: Tensor | None = None, extra_RH: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        prev_logits: Tensor | None = None,
+        extra_RH: Tensor | None = None,
+        backend: str | Backend | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [T, A], and the products of x with R extra rows [T, R] that ride along in the same GEMM."""
         if prev_logits is not None and self.residual is None:
@@ -261,7 +234,7 @@ class Router(StaysFloat32):
         if extra_RH is not None:
             weight = torch.cat([weight, extra_RH.float()])
         with without_autocast(x_TH.device):
-            product = router_logits(x_TH, weight)
+            product = router_logits(x_TH, weight, backend)
             extra = product[:, rows:]
             logits = product if extra_RH is None else product[:, :rows]
             if bias is not None:
@@ -279,25 +252,18 @@ class Router(StaysFloat32):
                 logits = logits + F.linear(prev_logits.float(), self.residual.weight.float())
         return logits, extra
 
-    def select(self, logits_TA: Tensor) -> Routing:
+    def select(self, logits_TA: Tensor, backend: str | Backend | None = None) -> Routing:
         """The Routing of given logits [T, A], by this router's rules."""
-        config = self.config
-        return self.selector(
-            logits_TA,
-            config.top_k,
-            num_experts=config.num_experts,
-            zero_expert_kinds=config.zero_expert_kinds,
-            scoring_func=config.scoring_func,
-            renormalize=config.renormalize,
-            e_score_correction_bias=self.e_score_correction_bias,
-            routed_scaling_factor=config.routed_scaling_factor,
-            num_expert_group=config.num_expert_group,
-            topk_group=config.topk_group,
-        )
+        return self.selector(logits_TA, self.config, self.e_score_correction_bias, backend)
 
-    def forward(self, x_TH: Tensor, prev_logits: Tensor | None = None) -> Routing:
-        """x_TH: [T, H]; prev_logits: [T, A] of the layer before, with a gating residual only."""
-        return self.select(self.project(x_TH, prev_logits)[0])
+    def forward(self, x_TH: Tensor, prev_logits: Tensor | None = None, backend: str | Backend | None = None) -> Routing:
+        """The Routing of x [T, H].
+
+        Args:
+            prev_logits: [T, A] of the layer before, with a gating residual only.
+            backend: a name in BACKENDS, or None for the first that works on this device.
+        """
+        return self.select(self.project(x_TH, prev_logits, backend=backend)[0], backend)
 
 
 class Observed(Mapping[tuple[str, int], Routing]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.paths import ROOT
-from zemoe.experts import BACKENDS
+from zemoe.backends import BACKENDS
 from zemoe.versions import TESTED
 
 PAGE = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")

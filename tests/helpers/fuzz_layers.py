@@ -178,11 +178,12 @@ Run = Callable[..., Tensor]
 Pairs = tuple[Tensor, Tensor]
 
 
-def routed(layer: Layer, device: str) -> Pairs:
+def routed(layer: Layer, device: str, backend: str | None = None) -> Pairs:
     """(weights, ids) on the CPU by `select_experts`, judged against the reference."""
     bias = layer.rules["e_score_correction_bias"]
     rules = layer.rules | {"e_score_correction_bias": None if bias is None else bias.to(device)}
-    weights, ids = (tensor.cpu() for tensor in select_experts(layer.logits.on(device), layer.top_k, **rules))
+    chosen = select_experts(layer.logits.on(device), layer.top_k, **rules, backend=backend)
+    weights, ids = (tensor.cpu() for tensor in chosen)
     check_selection(ids, reference.select(layer.logits.values, layer.top_k, **layer.rules))
     exact, own = (
         reference.select(layer.logits.values, layer.top_k, ids_TK=ids, dtype=dtype, **layer.rules).topk_weights_TK
@@ -228,7 +229,7 @@ def restated(layer: Layer, tensors: dict[str, Tensor | None], ids_TK: Tensor, dt
 
 def check(layer: Layer, backend: str | None, device: str = "cpu", run: Run = compute, gradients: bool = True) -> None:
     """AssertionError unless values, without gradients and with, and gradients are as good as the reference's own."""
-    weights, ids = routed(layer, device)
+    weights, ids = routed(layer, device, backend)
     ids = ids.masked_fill(layer.skipped_TK, -1)
     laid = {"x": layer.x, "w13": layer.w13, "w2": layer.w2, "weights": layer.ids_layout(weights)}
     tensors = {name: one.on(device) for name, one in laid.items()}

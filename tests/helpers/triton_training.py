@@ -18,10 +18,10 @@ from helpers.experts import Reference, gradients, run
 from helpers.judge import Case, judge
 
 pytest.importorskip("triton")
-from zemoe import AffineParams, experts, fused_experts
+from zemoe import AffineParams, backends, fused_experts
 from zemoe.kernels.triton import tiles
 from zemoe.kernels.triton.tiles import BackwardSchedule, Product, Schedule
-from zemoe.ops import triton_experts
+from zemoe.ops import triton_experts, triton_routing
 
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
@@ -45,13 +45,15 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     if device == "cuda":
         yield
         return
-    takes_cpu = replace(experts.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
-    monkeypatch.setitem(experts.BACKENDS, "triton", takes_cpu)
+    takes_cpu = replace(backends.BACKENDS["triton"], devices=("cpu",), dtypes=(torch.float16,))
+    monkeypatch.setitem(backends.BACKENDS, "triton", takes_cpu)
     with torch.library._scoped_library("zemoe", "IMPL") as library:
         library.impl("plan_tiles", triton_experts._plan_tiles_cuda, "CPU")
         library.impl("moe_ffn_tiles_train", triton_experts._moe_ffn_tiles_train_cuda, "CPU")
         library.impl("moe_ffn_tiles_backward", triton_experts._gradients, "CPU")
         library.impl("moe_ffn_tiles_backward_", triton_experts._gradients, "CPU")
+        for name in ("router_logits", "router_logits_backward", "select_experts", "select_experts_backward"):
+            library.impl(name, getattr(triton_routing, f"_{name}_cuda"), "CPU")
         yield
 
 

@@ -9,10 +9,11 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from helpers.judge import BY_NAME, Case
+from zemoe.affine import AffineTerms
 from zemoe.integrations.engines import from_logits
 from zemoe.ops import experts as ops
 from zemoe.ops.routing import topk_ids
-from zemoe.plan import make_plan
+from zemoe.plan import RoutingPlan, make_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -55,6 +56,12 @@ def arguments(case: Case, dtype: torch.dtype = torch.float64, activation: str = 
         value,
         activation,
     ]
+
+
+def of_tensors(op, x, weights, *rest):
+    """`moe_ffn` of what `arguments` returns, one tensor after the other."""
+    *plan, w13, w2, alpha, beta, value, activation = rest
+    return op(x, weights, RoutingPlan(*plan), w13, w2, AffineTerms(alpha, beta, value), activation)
 
 
 class TestOpcheck:
@@ -177,7 +184,7 @@ class TestGradcheck:
             merged = list(args)
             for i, value in zip(leaves, values, strict=True):
                 merged[i] = value
-            return op(*merged)
+            return of_tensors(op, *merged)
 
         # The cpu kernel adds a token's rows in one fixed order, so a difference between runs is an error.
         assert gradcheck(function, [args[i] for i in leaves], nondet_tol=0.0)
@@ -193,7 +200,7 @@ class TestGradcheck:
             merged = list(args)
             for i, value in zip(wanted, values, strict=True):
                 merged[i] = value
-            return ops.moe_ffn(*merged)
+            return of_tensors(ops.moe_ffn, *merged)
 
         assert gradcheck(function, [args[i] for i in wanted], nondet_tol=0.0)
 
@@ -226,14 +233,14 @@ class TestGradcheck:
     def test_the_cpu_op_refuses_a_second_derivative(self):
         """Its backward is written out by hand and has none of its own; it must not be silently left out."""
         args = arguments(SMALL[0])
-        (first,) = torch.autograd.grad(ops.moe_ffn(*args).square().sum(), args[0], create_graph=True)
+        (first,) = torch.autograd.grad(of_tensors(ops.moe_ffn, *args).square().sum(), args[0], create_graph=True)
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(first.square().sum(), args[0])
 
     def test_the_torch_backend_has_a_second_derivative(self):
         args = arguments(SMALL[1])
         assert gradgradcheck(
-            lambda x, weights, w13, w2: ops.moe_ffn_grouped(x, weights, *args[2:5], w13, w2, *args[7:]),
+            lambda x, weights, w13, w2: of_tensors(ops.moe_ffn_grouped, x, weights, *args[2:5], w13, w2, *args[7:]),
             (args[0], args[1], args[5], args[6]),
         )
 

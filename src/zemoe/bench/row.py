@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..experts import resolve_backend
+from ..backends import resolve_backend
 from ..layer import MoE
 from ..terminal import CommandError
 from . import check, timing

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from .._version import __version__
+from ..backends import resolve_backend
 from ..checkpoints.fp8 import read_config
 from ..checkpoints.tokenizer import guarded, read_tokenizer
 from ..compile_loops import compile_loops
-from ..experts import resolve_backend
 from ..machine import usable_devices
 from ..regular_files import kind_of
 from ..terminal import CommandError

@@ -7,7 +7,7 @@ A new device is one `implement` line an operator.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from ..kernels import grouped
 from ..kernels.cpu import experts as cpu_experts
 from .library import define, implement, rows_like, without_autocast
+
+if TYPE_CHECKING:
+    from ..affine import AffineTerms
+    from ..plan import RoutingPlan
 
 # --- plan: rows sorted by expert ---
 
@@ -113,38 +117,20 @@ torch.library.register_autograd("zemoe::moe_ffn_backward", _no_second_derivative
 def moe_ffn(
     x_TH: Tensor,
     weights_TK: Tensor,
-    row_token_N: Tensor,
-    slot_row_TK: Tensor,
-    expert_offsets: Tensor,
+    plan: RoutingPlan,
     w13: Tensor,
     w2: Tensor,
-    alpha_T: Tensor,
-    beta_TC: Tensor | None,
-    value_CH: Tensor | None,
+    terms: AffineTerms,
     activation: str,
 ) -> Tensor:
     """y_t = sum_k w_tk * down(act(gate(x_t)) * up(x_t)) + alpha_t x_t + beta_t @ V, over the choices that have a row.
 
     x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype; weights, alpha and beta float32 (float64 with float64 x);
-    value [C, H]; the plan's tensors as in zemoe.plan. Returns [T, H] in x's dtype. Differentiable in all
-    float arguments.
+    value [C, H]. Returns [T, H] in x's dtype. Differentiable in all float arguments.
     """
     trained = (x_TH, weights_TK, w13, w2)
     save_preact = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-    return torch.ops.zemoe.moe_ffn(
-        x_TH,
-        weights_TK,
-        row_token_N,
-        slot_row_TK,
-        expert_offsets,
-        w13,
-        w2,
-        alpha_T,
-        beta_TC,
-        value_CH,
-        activation,
-        save_preact,
-    )[0]
+    return torch.ops.zemoe.moe_ffn(x_TH, weights_TK, *plan, w13, w2, *terms, activation, save_preact)[0]
 
 
 # --- moe_ffn_from_ids: plan and moe_ffn in one, without gradients ---
@@ -168,16 +154,12 @@ def moe_ffn_from_ids(
     topk_ids_TK: Tensor,
     w13: Tensor,
     w2: Tensor,
-    alpha_T: Tensor,
-    beta_TC: Tensor | None,
-    value_CH: Tensor | None,
+    terms: AffineTerms,
     num_slots: int,
     activation: str,
 ) -> Tensor:
     """`moe_ffn` of `plan`: the same arguments, and ids [T, K] with their bound as in `plan`. Not differentiable."""
-    return torch.ops.zemoe.moe_ffn_from_ids(
-        x_TH, weights_TK, topk_ids_TK, w13, w2, alpha_T, beta_TC, value_CH, num_slots, activation
-    )
+    return torch.ops.zemoe.moe_ffn_from_ids(x_TH, weights_TK, topk_ids_TK, w13, w2, *terms, num_slots, activation)
 
 
 # --- moe_ffn_few: few choices, identities included, in one loop, without gradients ---
@@ -282,7 +264,15 @@ torch.library.register_autograd("zemoe::grouped_linear", _grouped_linear_autogra
 torch.library.register_autograd("zemoe::grouped_outer", _grouped_outer_autograd, setup_context=_save_inputs)
 
 
-def moe_ffn_grouped(x_TH: Tensor, *args: Any) -> Tensor:
+def moe_ffn_grouped(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    plan: RoutingPlan,
+    w13: Tensor,
+    w2: Tensor,
+    terms: AffineTerms,
+    activation: str,
+) -> Tensor:
     """`moe_ffn` of any device, by the operators above: the same arguments. Differentiable twice."""
     with without_autocast(x_TH.device):
-        return grouped.moe_ffn(x_TH, *args)
+        return grouped.moe_ffn(x_TH, weights_TK, *plan, w13, w2, *terms, activation)

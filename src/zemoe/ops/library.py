@@ -79,14 +79,12 @@ def rows_like(tensor: Tensor) -> Tensor:
 # --- for the operators of the `triton` backend, which run on CUDA devices only ---
 
 
-def can_run(tensor: Tensor) -> bool:
-    """Whether these operators may take the tensor: on a GPU that runs them, with triton, outside of forward-mode AD."""
-    return (
-        HAS_TRITON
-        and tensor.device.type == "cuda"
-        and not inside_forward_mode()
-        and (torch.compiler.is_compiling() or not why_not(tensor.device))  # traced, an operator refuses when it runs
-    )
+def lacks_for_triton(device: torch.device) -> str:
+    """What a CUDA device lacks to run these operators. Asked only where CUDA is in use, and not while code is traced:
+    there an operator refuses when it runs."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return ""  # asking would initialise CUDA, and a process that did may not fork
+    return why_not(device)
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from .._compat import backward_keeps_graph
 from ..kernels.triton import tiles as tile_sizes
 from .library import define, flat, implements, no_second_derivative, pairs, with_rows, without_autocast
+
+if TYPE_CHECKING:
+    from ..affine import AffineTerms
 
 MOST_EXPERTS = 1024  # what one program of plan_tiles can hold
 MOST_PAIRS = 2**31 - 2**20  # T * K: kernels count rows in int32, and look a block further than the last
@@ -131,14 +135,14 @@ def moe_ffn_tiles(
     block_m: int,
     w13: Tensor,
     w2: Tensor,
-    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    terms: AffineTerms,
     activation: str,
 ) -> Tensor:
     """zemoe.ops.experts.moe_ffn for bfloat16 and float16, without gradients.
 
     plan: the first four of what `plan_tiles` made with the same block_m.
     """
-    return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *affine, activation)
+    return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *terms, activation)
 
 
 # --- moe_ffn_tiles_train: the same, differentiable, in one op
@@ -273,7 +277,7 @@ def moe_ffn_tiles_train(
     block_m: int,
     w13: Tensor,
     w2: Tensor,
-    affine: tuple[Tensor, Tensor | None, Tensor | None],
+    terms: AffineTerms,
     activation: str,
     main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
@@ -285,5 +289,5 @@ def moe_ffn_tiles_train(
     """
     save_preact = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, weights_TK, w13, w2))
     return torch.ops.zemoe.moe_ffn_tiles_train(
-        x_TH, weights_TK, *plan, block_m, w13, w2, *affine, *main_grads, activation, save_preact
+        x_TH, weights_TK, *plan, block_m, w13, w2, *terms, *main_grads, activation, save_preact
     )[0]

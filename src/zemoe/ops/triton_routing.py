@@ -5,14 +5,18 @@ T tokens, H hidden size, A slots, R rows of the router weight, E FFN experts, K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .._compat import inside_forward_mode
 from ..kernels.triton import tiles
 from ..scores import weights_of
 from .library import define, flat, implements, pairs, with_rows, without_autocast
+
+if TYPE_CHECKING:
+    from ..config import RoutingRules
 
 MOST_SLOTS, MOST_CHOICES = tiles.MOST_SLOTS, tiles.MOST_CHOICES
 DTYPES = (torch.bfloat16, torch.float16)  # of the hidden states
@@ -88,6 +92,11 @@ def _router_logits_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("zemoe::router_logits", _router_logits_autograd, setup_context=_router_logits_context)
+
+
+def takes_product(x_TH: Tensor, weight_RH: Tensor) -> bool:
+    """Whether `router_logits` can multiply these; it has no forward-mode derivative."""
+    return x_TH.dtype in DTYPES and weight_RH.dtype == torch.float32 and not inside_forward_mode()
 
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
@@ -188,25 +197,26 @@ torch.library.register_autograd(
 )
 
 
-def select_experts(
-    logits_TA: Tensor,
-    bias: Tensor | None,
-    k: int,
-    *,
-    num_experts: int,
-    scoring: str,
-    renormalize: str,
-    scaling: float,
-    num_expert_group: int | None,
-    topk_group: int | None,
-    null_ranges: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor]:
-    """(weights [T, k] float32, ids [T, k] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
+def takes_choice(logits_TA: Tensor, rules: RoutingRules) -> bool:
+    """Whether `select_experts` can choose by these rules; it has no forward-mode derivative."""
+    fits = logits_TA.shape[1] <= MOST_SLOTS and rules.top_k <= MOST_CHOICES and rules.scoring_func in SCORES
+    return fits and not inside_forward_mode()
 
-    Weights are differentiable in the logits. bias: float32, of the first slots. null_ranges: (first, stop) of the slots
-    of kind zero, for "nonnull".
+
+def select_experts(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(weights [T, K] float32, ids [T, K] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
+
+    Weights are differentiable in the logits. bias: float32, of the first slots.
     """
-    groups = num_expert_group or 0, topk_group or 0
     return torch.ops.zemoe.select_experts(
-        logits_TA, bias, k, num_experts, scoring, renormalize, scaling, *groups, flat(null_ranges)
+        logits_TA,
+        bias,
+        rules.top_k,
+        rules.num_experts,
+        rules.scoring_func,
+        rules.renormalize,
+        rules.routed_scaling_factor,
+        rules.num_expert_group or 0,
+        rules.topk_group or 0,
+        flat(rules.null_ranges),
     )

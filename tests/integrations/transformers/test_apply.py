@@ -22,8 +22,8 @@ import zemoe.integrations.transformers as bridge
 from helpers import transformers_shared
 from helpers.transformers_shared import STOCK_STATE, TOLERANCE, StockMoE, assert_ours, global_state, greedy, logits_of
 from helpers.transformers_tiny import tiny_config, tiny_model
+from zemoe.backends import BACKENDS
 from zemoe.checkpoints.longcat import verify
-from zemoe.experts import BACKENDS
 from zemoe.integrations.transformers import patch
 from zemoe.integrations.transformers.layers import layer_config
 
@@ -75,9 +75,9 @@ def test_patching_again_only_sets_the_backend(stock, stock_logits, ids, monkeypa
 
     def spy(*args):
         used.append("torch")
-        return BACKENDS["cpu"].moe_ffn(*args)
+        return BACKENDS["cpu"].infer(*args)
 
-    monkeypatch.setitem(BACKENDS, "torch", dataclasses.replace(BACKENDS["torch"], moe_ffn=spy))
+    monkeypatch.setitem(BACKENDS, "torch", dataclasses.replace(BACKENDS["torch"], infer=spy))
     report = bridge.patch_(model, backend="torch")
     assert report.bytes_freed == 0
     assert report.layers == ("model.layers.0.mlp", "model.layers.1.mlp")

@@ -209,5 +209,5 @@ def test_balance_without_a_host_sync(name: str, zero_slots: int) -> None:
 
 def test_plan_matches_the_cpu() -> None:
     ids = torch.randint(-1, 48, (777, 6), generator=torch.Generator().manual_seed(0))
-    for got, want in zip(vars(make_plan(ids.cuda(), 32)).values(), vars(make_plan(ids, 32)).values(), strict=True):
+    for got, want in zip(make_plan(ids.cuda(), 32), make_plan(ids, 32), strict=True):
         assert torch.equal(got.cpu(), want)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from helpers.fuzz_layers import check, draw
-from zemoe.experts import BACKENDS
+from zemoe.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from helpers.judge import BY_NAME, Case, assert_bitwise, check_selection, judge
 from helpers.memory import moved, strided
 from zemoe import AffineParams, MoE, MoEConfig, ZeroExpertFusedMoE, fused_experts, reference, select_experts
-from zemoe.experts import resolve_backend
+from zemoe.backends import resolve_backend
 from zemoe.ops import triton_experts
 from zemoe.routing import router_logits
 

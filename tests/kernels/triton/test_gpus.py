@@ -72,7 +72,7 @@ def test_what_cant_run_is_refused_by_name(monkeypatch) -> None:
     with pytest.raises(ValueError, match=f"backend 'triton' needs {why}"):
         resolve_backend(cuda, torch.float16, "triton")
     assert resolve_backend("cuda", torch.float16).name == resolve_backend(cuda, torch.float16).name == "torch"
-    assert not library.can_run(SimpleNamespace(device=cuda))
+    assert resolve_backend(cuda, None).name == "torch", "routing alone"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from helpers.triton_training import (  # noqa: F401
     take,
     upstream,
 )
-from zemoe import experts, resolve_backend
+from zemoe import backends, resolve_backend
 from zemoe.kernels.triton import tiles
 
 pytestmark = [
@@ -260,12 +260,9 @@ def test_large_layers_are_summed_in_slices(device: str, monkeypatch: pytest.Monk
 
 
 def test_who_gets_gradients_from_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes its own plan."""
     assert resolve_backend(device, DTYPE, "triton", gradients=True).name == "triton"
     if device == "cuda":
         assert resolve_backend(device, DTYPE, gradients=True).name == "triton"
-    with pytest.raises(ValueError, match="makes a plan of its own"):
-        resolve_backend(device, DTYPE, "triton", gradients=True, planned=True)
-    monkeypatch.setitem(experts.BACKENDS, "triton", replace(experts.BACKENDS["triton"], train=None))
+    monkeypatch.setitem(backends.BACKENDS, "triton", replace(backends.BACKENDS["triton"], train=None))
     with pytest.raises(ValueError, match=r"torch\.no_grad\(\).* no backward pass"):
         resolve_backend(device, DTYPE, "triton", gradients=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import zemoe
 from helpers.judge import assert_bitwise
-from zemoe import reference
+from zemoe import backends, reference
 from zemoe.routing import router_logits
 
 pytest.importorskip("triton")
@@ -39,7 +40,8 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     if device == "cuda":
         yield
         return
-    monkeypatch.setattr("zemoe.routing.can_run", lambda tensor: True)
+    takes_cpu = replace(backends.BACKENDS["triton"], devices=("cpu",))
+    monkeypatch.setitem(backends.BACKENDS, "triton", takes_cpu)
     monkeypatch.setattr(triton_routing, "_product", lambda left, right: left.float() @ right.float())
     with torch.library._scoped_library("zemoe", "IMPL") as library:
         for name in ("router_logits", "router_logits_backward", "select_experts", "select_experts_backward"):
@@ -49,7 +51,7 @@ def _on_this_device(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 def select(logits: Tensor, **rules) -> tuple[Tensor, Tensor]:
     kinds = KINDS if rules.get("renormalize") == "nonnull" else (("identity", logits.shape[1] - E),)
-    return zemoe.select_experts(logits, K, num_experts=E, zero_expert_kinds=kinds, **rules)
+    return zemoe.select_experts(logits, K, num_experts=E, zero_expert_kinds=kinds, backend="triton", **rules)
 
 
 def grad_of(logits: Tensor, dweights: Tensor, **rules) -> tuple[Tensor, Tensor]:
@@ -137,7 +139,9 @@ def test_nothing_to_normalise(renormalize: str, device: str) -> None:
     logits[:, :E] -= 50.0
     logits[:, E:] += torch.tensor([9.0, 9, -50, -50, -50, 9]) if renormalize == "nonnull" else 0.0
     leaf = logits.to(device).requires_grad_()
-    weights, ids = zemoe.select_experts(leaf, 3, num_experts=E, zero_expert_kinds=KINDS, renormalize=renormalize)
+    weights, ids = zemoe.select_experts(
+        leaf, 3, num_experts=E, zero_expert_kinds=KINDS, renormalize=renormalize, backend="triton"
+    )
     assert (ids >= E).all() and not weights.any()
     dlogits = torch.autograd.grad(weights, leaf, torch.ones_like(weights))[0]
     assert not dlogits.any() and dlogits.isfinite().all()
@@ -224,7 +228,7 @@ def test_router_gradients(T: int, R: int, H: int, device: str) -> None:
     weight = torch.randn(R, H, generator=generator) * H**-0.5
     dlogits = torch.randn(T, R, generator=generator) * 1e-3
     mine, own = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
-    logits = router_logits(mine, own)
+    logits = router_logits(mine, own, "triton")
     assert logits.grad_fn is not None and "router_logits" in logits.grad_fn.name()
     dx, dweight = torch.autograd.grad(logits, (mine, own), dlogits.to(device))
     assert dx.dtype == DTYPE and dweight.dtype == torch.float32
@@ -241,7 +245,7 @@ def test_router_gradients_where_wanted(device: str) -> None:
     for i in (0, 1):
         leaves = [x.clone(), weight.clone()]
         leaves[i].requires_grad_()
-        router_logits(*leaves).sum().backward()
+        router_logits(*leaves, "triton").sum().backward()
         assert leaves[i].grad is not None and leaves[1 - i].grad is None
 
 
@@ -265,7 +269,7 @@ def test_second_derivatives(scoring_func: str, renormalize: str, device: str) ->
     def second(x: Tensor, weight: Tensor, ids: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         if ids is None:
-            weights, ids = select(router_logits(*leaves), **rules)
+            weights, ids = select(router_logits(*leaves, "triton"), **rules)
         else:
             logits = leaves[0] @ leaves[1].T
             chosen = reference.select(logits, K, num_experts=E, zero_expert_kinds=kinds, ids_TK=ids, **rules)

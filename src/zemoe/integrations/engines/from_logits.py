@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...backends import Backend, backend_of
+from ...config import RoutingRules
 from ...experts import fused_experts
-from ...routing import select_experts
+from ...routing import select
 
 torch.library.define(
     "zemoe::select_from_logits",
@@ -28,15 +30,15 @@ def _select_from_logits_fake(logits, bias, top_k, num_experts, scaling) -> tuple
 
 
 def _select_from_logits(
-    logits_TA: Tensor, bias_A: Tensor, top_k: int, num_experts: int, scaling: float
+    logits_TA: Tensor,
+    bias_A: Tensor,
+    top_k: int,
+    num_experts: int,
+    scaling: float,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return select_experts(
-        logits_TA,
-        top_k,
-        num_experts=num_experts,
-        e_score_correction_bias=bias_A,
-        routed_scaling_factor=scaling,
-    )
+    rules = RoutingRules(num_experts=num_experts, top_k=top_k, routed_scaling_factor=scaling)
+    return select(logits_TA, rules, bias_A, backend)
 
 
 torch.library.impl("zemoe::select_from_logits", "CompositeExplicitAutograd", _select_from_logits)
@@ -73,7 +75,8 @@ def _moe_from_logits(
     identity: bool,
 ) -> Tensor:
     num_experts, num_slots = w13.shape[0], logits_TA.shape[1]
-    weights_TK, ids_TK = _select_from_logits(logits_TA, bias_A, top_k, num_experts, scaling)
+    backend = backend_of(x_TH, num_experts)
+    weights_TK, ids_TK = _select_from_logits(logits_TA, bias_A, top_k, num_experts, scaling, backend)
     kind = "identity" if identity else "zero"
     return fused_experts(
         x_TH,
@@ -83,6 +86,7 @@ def _moe_from_logits(
         ids_TK,
         num_experts=num_experts,
         zero_expert_kinds=((kind, num_slots - num_experts),) if num_slots > num_experts else (),
+        backend=backend,
     ).to(x_TH.dtype)  # which autocast changes
 
 

@@ -23,11 +23,12 @@ except ImportError as error:
         f"zemoe.integrations.transformers needs transformers >= 5.17 with LongCat-Flash ({error})"
     ) from None
 
+from ...backends import backend_of
 from ...casts import StaysFloat32
 from ...checkpoints.longcat import check_config
-from ...config import MoEConfig
+from ...config import MoEConfig, RoutingRules
 from ...experts import fused_experts, unflatten
-from ...routing import Routing, RoutingModule, router_logits, select_experts
+from ...routing import Routing, RoutingModule, router_logits, select
 from ...separate_experts import LoadsSeparateExperts
 from ...versions import warn_if_untested
 from ..engines.zero_choices import without_zero_choices
@@ -70,9 +71,11 @@ def layer_config(config: Any) -> MoEConfig:
 class ZeroExpertLongcatClassifier(nn.Linear):
     """The router's product, in float32. A module of its own, so that what wraps it (offloading, LoRA) takes part."""
 
+    backend: str | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         """[T, H] of any float dtype; logits [T, A] in float32, also under autocast."""
-        return router_logits(input, self.weight)
+        return router_logits(input, self.weight, self.backend)
 
 
 class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
@@ -80,6 +83,8 @@ class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
 
     Parameter and buffer names are stock's. They stay float32 when the model is cast (zemoe.casts).
     """
+
+    backend: str | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -97,20 +102,25 @@ class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
     def release(self) -> None:
         """Undo what `adopt` did but for the dtype."""
         classifier: Any = self.classifier
+        vars(self).pop("backend", None)
         if classifier.__class__ is ZeroExpertLongcatClassifier:
+            vars(classifier).pop("backend", None)
             classifier.__class__ = nn.Linear
+
+    def use(self, backend: str | None) -> None:
+        """Choose by this backend, which a name in zemoe.backends.BACKENDS or None stands for, and multiply by it."""
+        self.backend = backend
+        if isinstance(self.classifier, ZeroExpertLongcatClassifier):
+            self.classifier.backend = backend
 
     def forward(self, hidden_states: Tensor) -> Routing:
         """hidden_states: [..., H] of any float dtype. Logits first, where transformers' recorder looks for them."""
         logits_TA = self.classifier(hidden_states.reshape(-1, self.hidden_dim))
-        weights_TK, ids_TK = select_experts(
-            logits_TA,
-            self.top_k,
-            num_experts=self.num_experts,
-            e_score_correction_bias=self.e_score_correction_bias,
-            routed_scaling_factor=self.routed_scaling_factor,
+        rules = RoutingRules(
+            num_experts=self.num_experts, top_k=self.top_k, routed_scaling_factor=self.routed_scaling_factor
         )
-        return Routing(logits_TA, weights_TK, ids_TK)
+        backend = backend_of(hidden_states, self.num_experts, self.backend)
+        return Routing(logits_TA, *select(logits_TA, rules, self.e_score_correction_bias, backend))
 
 
 def expert_rank(mesh: DeviceMesh) -> int:

@@ -22,10 +22,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...affine import AffineParams
+from ...backends import Backend, backend_of
 from ...casts import StaysFloat32
 from ...config import MoEConfig
-from ...experts import unflatten
-from ...layer import weighted_experts
+from ...experts import unflatten, weighted_experts
 from ...routing import Routing, Selector, router_logits
 from .cache import CACHE, refuse_unknown
 
@@ -120,10 +120,11 @@ class MoEPlusPlusExperts(nn.Module):
         self.constant = nn.Parameter(torch.empty(CONSTANT_EXPERTS, H))
         self.constant_wg = nn.Parameter(torch.empty(CONSTANT_EXPERTS, 2, H))
 
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x_TH: Tensor, routing: Routing, backend: Backend | None = None) -> Tensor:
         """[T, H]: the weighted sums of the experts that `routing` chose."""
         constants = AffineParams(self.constant_wg, self.constant)
-        return weighted_experts(x_TH, routing, self.gate_up_proj, self.down_proj, self.rules, constants)
+        w13, w2 = self.gate_up_proj, self.down_proj
+        return weighted_experts(x_TH, routing, w13, w2, self.rules, constants, backend=backend)
 
 
 class MoEPlusPlusBlock(nn.Module):
@@ -142,27 +143,21 @@ class MoEPlusPlusBlock(nn.Module):
         self.experts = MoEPlusPlusExperts(self.rules)
         self.selector = Selector()
 
-    def route(self, logits_TA: Tensor) -> Routing:
+    def route(self, logits_TA: Tensor, backend: Backend | None = None) -> Routing:
         """The Routing of the gate's logits."""
         if self.logits_std is not None:
             std_T1 = logits_TA.std(dim=-1, keepdim=True)
             # Equal logits stay equal, where the published code divides by 0.
             logits_TA = logits_TA * (self.logits_std / torch.where(std_T1 == 0, 1.0, std_T1))
-        rules = self.rules
-        return self.selector(
-            logits_TA,
-            rules.top_k,
-            num_experts=rules.num_experts,
-            zero_expert_kinds=rules.zero_expert_kinds,
-            renormalize=rules.renormalize,
-        )
+        return self.selector(logits_TA, self.rules, backend=backend)
 
     def forward(self, hidden_states: Tensor, prev_logits_TA: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden_states [..., H] to (the same shape and dtype, logits [T, A] float32 for the next layer)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TA = self.gate(x_TH, prev_logits_TA)
         # Twice x is exact in every dtype, and what experts make of it isn't twice what they make of x.
-        y_TH = self.experts(x_TH * self.input_factor, self.route(logits_TA))
+        backend = backend_of(x_TH, self.rules.num_experts)
+        y_TH = self.experts(x_TH * self.input_factor, self.route(logits_TA, backend), backend)
         return unflatten(y_TH, hidden_states.shape), logits_TA
 
 

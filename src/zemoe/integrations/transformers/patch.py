@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 
-from ...experts import resolve_backend
+from ...backends import resolve_backend
 from .layers import (
     StockExperts,
     StockMoE,
@@ -57,7 +57,7 @@ def patch_(model: nn.Module, backend: str | None = None) -> PatchReport:
 
     Args:
         model: LongcatFlashForCausalLM, LongcatFlashModel, or a module that contains one.
-        backend: a name in zemoe.experts.BACKENDS for these layers, or None for the first that works.
+        backend: a name in zemoe.backends.BACKENDS for these layers, or None for the first that works.
 
     Raises:
         ValueError: if the model has no LongCat-Flash MoE layer, has one that is quantized, wrapped (tensor parallel,
@@ -86,6 +86,7 @@ def patch_(model: nn.Module, backend: str | None = None) -> PatchReport:
         raise
     for layer in layers.values():
         layer.experts.backend = backend
+        layer.router.use(backend)
     _set_can_compile(model, True)
     experts = [layer.experts for layer in layers.values()]
     why = "asked for" if backend is not None else f"the first that works on {weight.device.type} in {weight.dtype}"

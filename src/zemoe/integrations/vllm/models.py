@@ -22,7 +22,7 @@ from vllm.model_executor.models.longcat_flash_ngram import LongcatFlashNgramForC
 from vllm.platforms import current_platform
 
 from ..._version import __version__
-from ...experts import resolve_backend
+from ...backends import resolve_backend
 from .layers import UnsupportedExpertsError, ZeroExpertLongcatMoE, ZeroExpertLongcatMoEAroundTheirs
 from .plugin import logger
 
