@@ -7,7 +7,7 @@ E FFN experts, Z zero experts, A = E + Z slots, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +221,25 @@ def retrofit_(
     kinds = expand_kinds(zero_expert_type, num_zero_experts)
     if kinds[0][0] not in _KINDS:
         raise ValueError(f"zero_expert_type must be one of {_KINDS} (or copy, null), got {zero_expert_type!r}")
+    blocks = _blocks_of(model)
+    prepared = []
+    for name, (block, family) in blocks.items():
+        try:
+            rules = _rules(block, family, kinds, top_k)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        warn_of_weights_without_gradient(rules.top_k, rules.renormalize)
+        prepared.append((block, family, rules, new_router_rows(block.gate.weight, num_zero_experts, generator)))
+    _adopt_all(prepared)
+    for name, (_, family) in blocks.items():
+        owner, _, own = name.rpartition(".")
+        if family.on_disk is not None and own:
+            model.get_submodule(owner).register_load_state_dict_pre_hook(_OnDisk(family.on_disk, own))
+    return tuple(blocks)
+
+
+def _blocks_of(model: nn.Module) -> dict[str, tuple[Any, _Family]]:
+    """The MoE blocks of a model by name. ValueError where there are none, or its own balance loss is on."""
     blocks: dict[str, tuple[Any, _Family]] = {}
     for name, module in model.named_modules():
         family = next((family for family in _FAMILIES if isinstance(module, family.block)), None)
@@ -232,16 +251,13 @@ def retrofit_(
     if any(getattr(getattr(module, "config", None), "output_router_logits", False) for module in model.modules()):
         raise ValueError(
             "config.output_router_logits must be False: transformers' own balance loss knows E experts only; use "
-            "zemoe.observe and zemoe.balance.zeda_balance_loss"
+            "zemoe.observe and zemoe.zeda_balance_loss"
         )
-    prepared = []
-    for name, (block, family) in blocks.items():
-        try:
-            rules = _rules(block, family, kinds, top_k)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        warn_of_weights_without_gradient(rules.top_k, rules.renormalize)
-        prepared.append((block, family, rules, new_router_rows(block.gate.weight, num_zero_experts, generator)))
+    return blocks
+
+
+def _adopt_all(prepared: Sequence[tuple[Any, _Family, MoEConfig, Tensor]]) -> None:
+    """Give every (block, family, rules, new router rows) our classes; none has them after an exception."""
     changed = []
     try:
         for block, family, rules, rows in prepared:
@@ -253,11 +269,6 @@ def retrofit_(
         for block in changed:
             _to_stock(block)
         raise
-    for name, (_, family) in blocks.items():
-        owner, _, own = name.rpartition(".")
-        if family.on_disk is not None and own:
-            model.get_submodule(owner).register_load_state_dict_pre_hook(_OnDisk(family.on_disk, own))
-    return tuple(blocks)
 
 
 def unretrofit_(model: nn.Module) -> tuple[str, ...]:
