@@ -42,7 +42,7 @@ def _torch(layer: MoE) -> Forward:
 
 
 def _eager(layer: MoE, make_config: Any, make_module: Any) -> Forward:
-    """transformers' own module on the weights of `layer`, nothing copied.
+    """Return transformers' own module, on the weights of `layer` without a copy.
 
     It would allocate rows of `gate_up_proj` for zero experts too, which it never reads; here it has none.
     """
@@ -66,7 +66,7 @@ def _eager(layer: MoE, make_config: Any, make_module: Any) -> Forward:
 
 
 def _vllm(layer: MoE, make_router: Any, experts: Any) -> Forward:
-    """What vLLM's LongCat layer does: a float32 product, its router for zero experts, its Triton experts, their sum.
+    """Return what vLLM's LongCat layer does: a float32 product, its router for zero experts, its experts, their sum.
 
     The router turns a zero choice into FFN expert 0 with weight 0 and keeps the zero experts' sum, scaled too, aside.
     """
@@ -92,12 +92,12 @@ def _vllm(layer: MoE, make_router: Any, experts: Any) -> Forward:
 
 
 def _add_identities(y_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, real_TK: Tensor) -> Tensor:
-    """Add to y, in place and in one launch, what the choices that are not `real` are worth: identities of x."""
+    """Add to y, in place and in one launch, the identities of x that the choices other than `real` stand for."""
     return y_TH.addcmul_(x_TH, torch.where(real_TK, 0.0, weights_TK).sum(-1, keepdim=True))
 
 
 def _grouped(layer: MoE) -> Forward:
-    """What one writes by hand: nothing waits for the device, and everything stays in 16 bits."""
+    """Return the layer as one writes it by hand: nothing waits for the device, and everything stays in 16 bits."""
     E = layer.config.num_experts
 
     def call(x_TH: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Baseline:
     devices: tuple[str, ...] = ("cuda",)
 
     def why_absent(self, device_type: str) -> str:
-        """Why it can't be timed here, "" if it can. Imports the package where there is no other reason."""
+        """Return why it can't be timed here, "" if it can. Imports the package where there is no other reason."""
         if find_spec(self.module) is None:
             return "not installed"
         if device_type not in self.devices:
@@ -194,7 +194,7 @@ class Baseline:
         return ""
 
     def build(self, layer: MoE) -> Forward:
-        """The call for one layer; it follows changes of the layer's weights and of its selection bias."""
+        """Return the forward of one layer; it follows changes of the layer's weights and of its selection bias."""
         return self.adapt(layer, *self._loaded())
 
     def _loaded(self) -> list[Any]:

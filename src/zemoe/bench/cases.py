@@ -51,18 +51,18 @@ class Case:
         )
 
     def weight_bytes(self, itemsize: int) -> int:
-        """Of the FFN experts, and the router's in float32."""
+        """Return the bytes of the FFN experts' weights, and of the router's in float32."""
         experts = 3 * self.num_experts * self.intermediate_size * self.hidden_size
         return itemsize * experts + 4 * self.config.num_slots * self.hidden_size
 
     def work_bytes(self, tokens: int, itemsize: int) -> int:
-        """What a layer that gathers all rows holds beside its weights, the largest of the sides that are compared."""
+        """Return what a layer that gathers all rows holds beside its weights, the most that any side needs."""
         row = 2 * self.hidden_size + 3 * self.intermediate_size
         return itemsize * tokens * (self.top_k * row + 2 * self.hidden_size) + 8 * tokens * self.config.num_slots
 
 
 def load_cases(path: Path = CASES_FILE) -> dict[str, Case]:
-    """The cases of a TOML file by name, in its order."""
+    """Return the cases of a TOML file by name, in its order."""
     with path.open("rb") as file:
         tables = tomllib.load(file)
     return {
@@ -72,7 +72,7 @@ def load_cases(path: Path = CASES_FILE) -> dict[str, Case]:
 
 
 def build(case: Case, dtype: torch.dtype, device: torch.device) -> MoE:
-    """The layer with random weights from torch's global generator; its logits have a standard deviation of about 1."""
+    """Build the layer with random weights from torch's global generator; its logits' standard deviation is about 1."""
     with device:
         layer = MoE(case.config, dtype=dtype, init_std=case.hidden_size**-0.5)
     return layer.eval().requires_grad_(False)
@@ -86,14 +86,14 @@ class Shares(NamedTuple):
 
 
 def shares(ids_TK: Tensor, num_experts: int) -> Shares:
-    """Of chosen ids."""
+    """Return the shares of chosen ids."""
     real = ids_TK[ids_TK < num_experts]
     top = torch.bincount(real).amax().item() / real.numel() if real.numel() else 0.0
     return Shares(1 - real.numel() / ids_TK.numel(), top)
 
 
 def _least(reached: Callable[[float], bool]) -> float:
-    """The least bias for which `reached` holds, by halving; `reached` is monotone."""
+    """Return the least bias for which `reached` holds, by halving; `reached` is monotone."""
     low, high = -_ALWAYS, _ALWAYS
     for _ in range(30):
         middle = (low + high) / 2

@@ -56,7 +56,7 @@ def allowed_error(own_error: float, size: float, dtype: torch.dtype) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The products of single tokens are too small for two threads, which on a busy machine only wait for each other."""
+    """Compute on one thread: products of single tokens are too small for two, which would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -40,7 +40,7 @@ def _about(settings: BenchSettings, ceilings: timing.Ceilings) -> dict[str, Any]
 
 @contextmanager
 def _torch_state(settings: BenchSettings) -> Iterator[None]:
-    """Our seed and device inside, the caller's random numbers as they were afterwards; nothing keeps a graph."""
+    """Use our seed and device inside, and restore the caller's random numbers afterwards; nothing keeps a graph."""
     devices = [settings.device] if settings.device.type == "cuda" else []
     current = torch.cuda.device(settings.device) if devices else nullcontext()
     with torch.random.fork_rng(devices), current, torch.inference_mode():

@@ -24,7 +24,7 @@ _TALLEST = 3  # times zemoe's longest time: what is above would squeeze everythi
 
 
 def _sides(baselines: list[str]) -> list[tuple[str, str, str]]:
-    """(name, column, colour)."""
+    """Return (name, column, colour) of each side."""
     return [("zemoe", "ms", _ZEMOE), *((name, f"{name}_ms", _BASELINES.get(name, _OTHER)) for name in baselines)]
 
 

@@ -65,7 +65,7 @@ class BenchSettings(NamedTuple):
 
 
 def numbers(option: str, text: str | None, kind: Callable[[str], Any], least: float, most: float) -> tuple[Any, ...]:
-    """What `option` lists with commas between, () for None. Raises CommandError for anything else."""
+    """Return what `option` lists with commas between, () for None. Raises CommandError for anything else."""
     if text is None:
         return ()
     try:
@@ -110,7 +110,7 @@ def _check_memory(settings: BenchSettings) -> None:
 
 
 def settings_of(request: BenchRequest) -> BenchSettings:
-    """Check all that can be said before anything is measured. Raises CommandError."""
+    """Fill in the defaults, and check all that can be checked before anything is measured. Raises CommandError."""
     known = cases.load_cases()
     device = _full_device(request.device)
     names = request.cases or tuple(name for name, case in known.items() if device.type in case.devices)

@@ -15,7 +15,7 @@ from .row import WRONG
 
 
 class Progress:
-    """A bar for so many rows on a terminal, nothing elsewhere; it is gone when the rows are done."""
+    """Shows a bar for so many rows on a terminal, nothing elsewhere; it is gone when the rows are done."""
 
     def __init__(self, console: Console, rows: int) -> None:
         self._bar = progress.Progress(
@@ -39,16 +39,16 @@ class Progress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """What is going on now."""
+        """Say what is going on now."""
         self._bar.update(self._task, description=text)
 
     def reached(self, rows: float) -> None:
-        """So many rows are measured."""
+        """Show that so many rows are measured."""
         self._bar.update(self._task, completed=rows)
 
 
 def headline(about: dict[str, Any], dtype: str) -> str:
-    """One line: where, in what, and the measured ceilings."""
+    """Return one line: the device, the dtype, and the measured ceilings."""
     return (
         f"{about['device']}; {dtype}; reads {figures(about['read_gb_s'])} GB/s, multiplies "
         f"{figures(about['product_tflop_s'])} TFLOP/s; torch {about['torch']}, seed {about['seed']}, "
@@ -57,7 +57,7 @@ def headline(about: dict[str, Any], dtype: str) -> str:
 
 
 def title(case: Case, rows: list[dict[str, Any]]) -> str:
-    """What stands over a case's table."""
+    """Return what stands over a case's table."""
     return (
         f"{case.name}: H {case.hidden_size}, I {case.intermediate_size}, {case.num_experts} FFN and "
         f"{case.num_zero_experts} zero experts, {case.top_k} choices; backend {rows[0]['backend']}"
@@ -65,7 +65,7 @@ def title(case: Case, rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]], baselines: list[str]) -> Table:
-    """The rows of one case."""
+    """Make the table of one case's rows."""
     shown = Table(box=None, padding=(0, 1), pad_edge=False)
     skewed = rows[0]["skew_asked"] is not None
     names = ["T", "zero share", *(["top expert"] if skewed else []), "ms", "floor ms", "x floor", "TFLOP/s"]
@@ -81,7 +81,7 @@ def table(rows: list[dict[str, Any]], baselines: list[str]) -> Table:
 
 
 def notes(absent: dict[str, str], rows: list[dict[str, Any]], baselines: list[str]) -> list[str]:
-    """What a reader must know beside the figures."""
+    """Return what a reader must know beside the figures."""
     found = [f"{name}: {why}" for name, why in absent.items()]
     replayed = any(row["method"] == "replay" for row in rows)
     for name in ["zemoe", *baselines]:

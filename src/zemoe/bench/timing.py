@@ -34,7 +34,7 @@ class Ceilings:
 
 
 def _in_turn(names: Sequence[str], turn: int) -> list[tuple[int, str]]:
-    """Names with their places; in the opposite order every second time."""
+    """Return names with their places, in the opposite order every second time."""
     order = list(enumerate(names))
     return order if turn % 2 == 0 else order[::-1]
 
@@ -44,7 +44,7 @@ def interleaved(
     inputs: Sequence[Tensor],
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds that each side takes for each input, the sides in turn, and in the opposite order every second time.
+    """Return the seconds of each side for each input: sides run in turn, in the opposite order every second time.
 
     For the CPU: the clock is read right after each call, with no synchronisation. Sides that share weights must not
     find them in the cache, so no two of them get the same input in the same round (where there are inputs enough).
@@ -62,7 +62,7 @@ def interleaved(
 
 
 def waits_for_device(call: Callable[[], object]) -> bool:
-    """Whether `call` makes Python wait for the current CUDA device, so that no CUDA graph can hold it."""
+    """Return whether `call` makes Python wait for the current CUDA device, so that no CUDA graph can hold it."""
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def _event_seconds(call: Callable[[], object]) -> float:
 def cuda_events(
     sides: Sides, inputs: Sequence[Tensor], after: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """As `interleaved`, on the current CUDA device: between two events, with its cache emptied before."""
+    """Time as `interleaved` does, on the current CUDA device: between two events, with its cache emptied before."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn, x in enumerate(inputs):
@@ -215,7 +215,7 @@ def moe_floor(
     intermediate_size: int,
     itemsize: int,
 ) -> float:
-    """Seconds below which no layer can go: its bytes read or its products computed, whichever takes longer.
+    """Return the seconds that no layer can go below: the time to read its bytes or to compute its products, if longer.
 
     ffn_rows: (token, FFN expert) pairs. experts_hit: FFN experts that have at least one. itemsize: bytes an element.
     """
@@ -225,7 +225,7 @@ def moe_floor(
 
 
 def router_floor(ceilings: Ceilings, *, tokens: int, slots: int, hidden_size: int, itemsize: int) -> float:
-    """Seconds that the router adds to `moe_floor`: its float32 weight read or its product computed.
+    """Return the seconds that the router adds to `moe_floor`: to read its float32 weight or compute its product.
 
     Where the hidden states have 16 bits, the product needs the weight in two parts of 16 bits each to be as good as a
     float32 one, so it counts twice. The hidden states are read once, in `moe_floor`.

@@ -76,7 +76,7 @@ class Loaded(NamedTuple):
 
 @contextmanager
 def _failing_with(code: int, prefix: str = "") -> Iterator[None]:
-    """What libraries raise for a bad value, a bad file or too little memory becomes a CommandError."""
+    """Turn what libraries raise for a bad value, a bad file or too little memory into a CommandError."""
     try:
         yield
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
@@ -88,7 +88,7 @@ def _failing_with(code: int, prefix: str = "") -> Iterator[None]:
 
 
 def _check(request: Request) -> None:
-    """What can be said before any file is opened."""
+    """Raise CommandError for what can be seen to be wrong before any file is opened."""
     if request.prompt is not None:
         if not request.prompt.strip():
             raise CommandError("--prompt is empty; give some text, or leave it out")
@@ -112,14 +112,14 @@ def _full_name(device: str) -> str:
 
 
 def _torch_dtype(name: str, stored: Any) -> torch.dtype | str:
-    """The dtype called `name`; for "auto" the one that config.json says, or "auto" again if it says none."""
+    """Return the dtype called `name`; for "auto" the one that config.json says, or "auto" again if it says none."""
     if name == "auto" and isinstance(stored, torch.dtype):
         return stored
     return name if name == "auto" else getattr(torch, name)
 
 
 def styles_of(tokenizer: Any, config: Any) -> dict[str, int]:
-    """{style: id} of the special tokens such as <|austen|> that aren't the model's own begin, end and padding."""
+    """Return {style: id} of special tokens such as <|austen|>, without the model's begin, end and padding tokens."""
     marks: set[int | None] = set()
     for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
         marks |= set(value) if isinstance(value, list) else {value}
@@ -132,7 +132,7 @@ def styles_of(tokenizer: Any, config: Any) -> dict[str, int]:
 
 
 def _prompt_ids(request: Request, tokenizer: Any, config: Any) -> tuple[str, str | None, list[int]]:
-    """The text of the prompt, the style, and the ids of both."""
+    """Return the text of the prompt, the style, and the ids of both."""
     styles = styles_of(tokenizer, config)
     if request.style is None:
         style = DEFAULT_STYLE if DEFAULT_STYLE in styles else None
@@ -160,7 +160,7 @@ def _prompt_ids(request: Request, tokenizer: Any, config: Any) -> tuple[str, str
 
 
 def load(request: Request) -> Loaded:
-    """Everything that generation needs, cheap checks first. Raises CommandError."""
+    """Load everything that generation needs, cheap checks first. Raises CommandError."""
     _check(request)
     with _failing_with(1):
         read_config(request.model)
@@ -189,7 +189,7 @@ def load(request: Request) -> Loaded:
 
 
 def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str, Any]]:
-    """Show a generation on `out` and a spinner on `status` before it; the exit code, and the result for programs.
+    """Show a generation on `out`, and a spinner on `status` before it; return the exit code and a result for programs.
 
     Ctrl-C ends the text, the table still comes. Raises CommandError.
     """
@@ -230,7 +230,7 @@ def run(request: Request, out: Console, status: Console) -> tuple[int, dict[str,
 
 @contextmanager
 def _threads_for(model: Any) -> Iterator[None]:
-    """One thread for a small model on the CPU."""
+    """Run on one thread inside, if this is a small model on the CPU."""
     before = torch.get_num_threads()
     if model.device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
         torch.set_num_threads(1)
@@ -255,7 +255,7 @@ def _headline(request: Request, loaded: Loaded) -> str:
 
 
 def _result(request: Request, loaded: Loaded, made: Generation) -> dict[str, Any]:
-    """What --json prints; docs/cli.md says what is in it."""
+    """Return what --json prints; docs/cli.md says what is in it."""
     config, top_k = loaded.model.config, loaded.model.config.moe_topk
     stream = TextStream(loaded.decode)
     pieces = [stream.push(token.id) for token in made.tokens]

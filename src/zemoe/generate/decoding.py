@@ -24,7 +24,7 @@ class Token(NamedTuple):
 
     @property
     def ffn_experts(self) -> int:
-        """FFN experts over all layers."""
+        """Return the number of FFN experts over all layers."""
         return sum(self.ffn_by_layer)
 
 
@@ -50,7 +50,7 @@ class Sampling:
 
 
 def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The id of the next token. `generator` lives on the CPU, so that a seed means the same on every device.
+    """Draw the id of the next token. `generator` lives on the CPU, so that a seed means the same on every device.
 
     Raises:
         ValueError: if the logits hold a NaN or a +inf.
@@ -70,7 +70,7 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 @dataclass
 class Generation:
-    """What was made so far. True at any moment, so that an interrupted run can be shown as well.
+    """What was made so far. It is consistent at any moment, so that an interrupted run can be shown as well.
 
     prompt, tokens: with what each used. prompt_seconds, decode_seconds: spent in the model and in drawing.
     finish: why it ended: "end" (the model said so), "length" (max_new_tokens), "context" (the model's context is full),
@@ -85,7 +85,7 @@ class Generation:
 
     @property
     def mean_ffn_by_layer(self) -> list[float]:
-        """FFN experts a generated token used on average, by layer; empty as long as there is no token."""
+        """Return how many FFN experts a new token used on average, by layer; empty as long as there is no token."""
         by_layer = zip(*(token.ffn_by_layer for token in self.tokens), strict=True)
         return [sum(used) / len(self.tokens) for used in by_layer]
 
@@ -145,7 +145,7 @@ def generate(
 
 
 class TextStream:
-    """Ids to text piece by piece. A piece waits until its last character is complete, which may take several tokens.
+    """Turns ids into text piece by piece. A piece waits until its last character is complete, over several tokens.
 
     All pieces together are what decoding all ids at once gives.
     """
@@ -156,7 +156,7 @@ class TextStream:
         self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that became complete with this token; "" if there is none yet."""
+        """Return the text that became complete with this token; "" if there is none yet."""
         self._waiting.append(token_id)
         text = self._text()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -165,7 +165,7 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """What is still waiting, complete or not."""
+        """Return what is still waiting, complete or not."""
         text = self._text()
         self._before, self._waiting = self._waiting, []
         return text

@@ -25,14 +25,14 @@ _RUNS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 class Scale(NamedTuple):
-    """Numbers of FFN experts to shades: `lows[i]` is the least number that gets shade i + 1."""
+    """Turns numbers of FFN experts into shades: `lows[i]` is the least number that gets shade i + 1."""
 
     lows: tuple[int, ...]
     most: int
 
     @classmethod
     def of_chance(cls, num_experts: int, num_zero_experts: int, top_k: int, layers: int) -> Scale:
-        """The middle shade is what random choice would give, each other one is 0.8 standard deviations of it away.
+        """Make the scale whose middle is what chance gives, and whose shades are 0.8 standard deviations apart.
 
         That needs no look at the text, so a number has the same shade from the first token to the last.
         """
@@ -43,7 +43,7 @@ class Scale(NamedTuple):
         return cls(tuple(round(mean + (i - half + 0.5) * step) for i in range(len(SHADES) - 1)), layers * top_k)
 
     def shade(self, used: float) -> str:
-        """A rich style."""
+        """Return the rich style for a number of FFN experts."""
         background, text = SHADES[sum(used >= low for low in self.lows)]
         return f"{text} on {background}"
 
@@ -67,11 +67,11 @@ class Painter:
         self._word: list[tuple[str, str]] = []
 
     def prompt(self, text: str) -> None:
-        """What was given, in bold and without a shade."""
+        """Write the prompt, in bold and without a shade."""
         self._add(text, "bold")
 
     def token(self, text: str, used: float) -> None:
-        """What was made."""
+        """Write a piece of text that was made, in the shade of its FFN experts."""
         self._add(text, self._scale.shade(used))
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Painter:
 
 
 def rate(tokens: int, seconds: float) -> str:
-    """How many in how long, and how many a second."""
+    """Return how many tokens were made in how long, and how many a second."""
     text = f"{tokens} tokens in {seconds:.2f} s"
     if tokens and seconds:
         speed = tokens / seconds
@@ -131,7 +131,7 @@ def rate(tokens: int, seconds: float) -> str:
 
 
 def summary(made: Generation, top_k: int, rows: dict[str, str], ascii_only: bool) -> Table:
-    """The table of a generation: speed, experts and zero share by layer, then `rows`."""
+    """Make the table of a generation: speed, experts and zero share by layer, then `rows`."""
     table = plain_table()
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

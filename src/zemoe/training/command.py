@@ -61,7 +61,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def settings_of(request: TrainRequest) -> Settings:
-    """The file, then --set, then the options that have a name of their own. Raises SettingsError.
+    """Read the file, then --set, then the options that have a name of their own. Raises SettingsError.
 
     --resume with no more than --out takes the settings that the run in that folder has.
     """
@@ -106,7 +106,7 @@ def _stored(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(request: TrainRequest, out: Console, as_json: bool) -> int:
-    """Train, showing it on `out`; the exit code: 0, or 130 or 143 for a run that Ctrl-C or SIGTERM stopped.
+    """Train, showing it on `out`; return the exit code: 0, or 130 or 143 if Ctrl-C or SIGTERM stopped the run.
 
     Raises CommandError.
 
@@ -143,7 +143,7 @@ def _run(request: TrainRequest, view: View, first: bool) -> int:
 
 
 def dry_run(request: TrainRequest, out: Console) -> dict[str, Any]:
-    """Show what would be trained; the result for programs. Raises CommandError."""
+    """Show what would be trained; return the result for programs. Raises CommandError."""
     from .dry_run import plan, show
 
     with _one_line_errors():
@@ -153,7 +153,7 @@ def dry_run(request: TrainRequest, out: Console) -> dict[str, Any]:
 
 
 def report(folder: Path, out: Console) -> dict[str, Any]:
-    """Draw the run in `folder` and say how it went; the result for programs. Raises CommandError."""
+    """Draw the run in `folder` and say how it went; return the result for programs. Raises CommandError."""
     if (found := kind_of(folder)) != "a folder":
         raise CommandError(f"RUN must be a folder that zemoe train wrote, found {found} at {folder}")
     with _one_line_errors():

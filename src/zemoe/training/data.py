@@ -38,7 +38,7 @@ _PIECE, _AT_ONCE = 250_000, 8
 
 
 def text_files(paths: tuple[str, ...]) -> list[Path]:
-    """The files that `paths` name, folders searched for *.txt, each once: as named, in a folder by name.
+    """Return the files that `paths` name, each once: in the order named, a folder's *.txt by name.
 
     Raises:
         SettingsError: for a path that isn't there, or a folder without text.
@@ -62,7 +62,7 @@ def text_files(paths: tuple[str, ...]) -> list[Path]:
 
 
 def read_texts(files: list[Path]) -> list[str]:
-    """Their contents; SettingsError for one that is no UTF-8 text, or if there is no text at all."""
+    """Return their contents. Raises SettingsError for one that is no UTF-8 text, or if there is no text at all."""
     texts = []
     for path in files:
         try:
@@ -76,7 +76,7 @@ def read_texts(files: list[Path]) -> list[str]:
 
 
 def split(text: str, heldout: float) -> tuple[str, str]:
-    """The text up to about its last `heldout`, and the rest; between lines or words where there are any near."""
+    """Cut a text into all but about its last `heldout`, and the rest; between lines or words where any are near."""
     at = round(len(text) * (1 - heldout))
     for mark in ("\n", " "):
         found = text.find(mark, at, at + min(1000, (len(text) - at) // 2))
@@ -87,7 +87,7 @@ def split(text: str, heldout: float) -> tuple[str, str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """A byte-level BPE of at most `vocab_size` tokens, with the end of a text as id 0, which no text encodes to.
+    """Train a byte-level BPE of at most `vocab_size` tokens; id 0 ends a text, and no text encodes to it.
 
     A signal does not have to wait until it is done.
     """
@@ -120,7 +120,7 @@ def _size_of(texts: list[str]) -> int:
 
 
 def _say(what: str, size: int) -> None:
-    """To the log, where it takes more than a moment."""
+    """Write to the log what takes more than a moment."""
     if size > _MUCH:
         logging.getLogger("zemoe").info(f"{what} {size / 1e6:.0f} MB of text")
 
@@ -144,7 +144,7 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """A tokenizer.json, without truncation or padding; SettingsError for anything else."""
+    """Load a tokenizer.json, without truncation or padding. Raises SettingsError for anything else."""
     try:
         return read_tokenizer(path)
     except TokenizerError as error:
@@ -165,7 +165,7 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all of it, tokens included."""
+        """Return the digest of all of it, tokens included."""
         sizes = [self.fingerprint, len(self.train), len(self.heldout), self.train_bytes, self.heldout_bytes]
         digest = hashlib.sha256(json.dumps(sizes).encode())
         for tokens in (self.train, self.heldout):
@@ -181,7 +181,7 @@ class Corpus:
         return len(self.heldout) / max(self.heldout_bytes, 1)
 
     def check(self, context: int, vocab_size: int) -> None:
-        """SettingsError unless there is a row to train on, a token to score, and a row of the model for each id."""
+        """Raise SettingsError if there is no row to train on, no token to score, or no row of the model for some id."""
         if (len(self.train) - 1) // context < 2:
             raise SettingsError(
                 f"data.context={context} needs at least {2 * context + 1} tokens of training text, got "
@@ -195,7 +195,7 @@ class Corpus:
     def heldout_batches(
         self, rows: int, context: int, most: int, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets [R, L] of windows that lie beside each other, as many batches for each rank.
+        """Return inputs and targets [R, L] of windows that lie beside each other, as many batches for each rank.
 
         Of about `most` tokens: if there are more, windows are left out evenly. What fills the last ones is IGNOREd.
         """
@@ -235,7 +235,7 @@ class Rows:
         return self._starts
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [count, L] of the rows first, first + 1, ..."""
+        """Return inputs and targets [count, L] of the rows first, first + 1, ..."""
         starts = []
         for epoch in range(first // self.an_epoch, (first + count - 1) // self.an_epoch + 1):
             begin = epoch * self.an_epoch
@@ -245,7 +245,7 @@ class Rows:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of _PIECE to twice as many characters, that end with a line or before a space if they can."""
+    """Yield pieces of _PIECE to twice as many characters, which end with a line or before a space if they can."""
     begin = 0
     while begin < len(text):
         least, most = begin + _PIECE, begin + 2 * _PIECE
@@ -270,7 +270,7 @@ def _encoded(tokenizer: Any, text: str, end: int | None) -> Iterator[Tensor]:
 
 
 def fingerprint_of(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> str:
-    """What `encode` makes of these depends on them alone."""
+    """Return a digest of these: what `encode` makes depends on them alone."""
     digest = hashlib.sha256(f"{heldout} {end} {tokenizer.to_str()}".encode())
     for text in texts:
         encoded = text.encode()
@@ -280,7 +280,7 @@ def fingerprint_of(texts: list[str], tokenizer: Any, heldout: float, end: int | 
 
 
 def read_cache(cache: Path) -> Corpus | None:
-    """The corpus that `write_cache` wrote; None if there is none.
+    """Return the corpus that `write_cache` wrote; None if there is none.
 
     Raises:
         StateError: if that is not what it wrote.
@@ -304,7 +304,7 @@ def read_cache(cache: Path) -> Corpus | None:
 
 
 def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None) -> Corpus:
-    """The corpus of the texts. end: the id after every text, or None."""
+    """Make the corpus of the texts. end: the id after every text, or None."""
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]
     _say("encoding", _size_of(texts))
@@ -317,7 +317,7 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None) ->
 
 
 def write_cache(cache: Path, corpus: Corpus) -> None:
-    """For `read_cache`; in one piece or not at all."""
+    """Write the corpus for `read_cache`, completely or not at all."""
     sizes = [corpus.train_bytes, corpus.heldout_bytes]
     about = {"fingerprint": corpus.fingerprint, "bytes": sizes, "sha256": corpus.sha256}
     unfinished = cache.with_name(f".{cache.name}.part")

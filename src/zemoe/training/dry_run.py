@@ -21,7 +21,7 @@ _EXPORTED = {"float32": 4, "bfloat16": 2}
 
 
 def plan(settings: Settings) -> dict[str, Any]:
-    """Sizes, counts and needs of the run that `settings` ask for. Nothing is written, and no model is made.
+    """Work out sizes, counts and needs of the run that `settings` ask for. Writes nothing, makes no model.
 
     refused_here: what this machine has too little memory for, or None; another may have more.
 
@@ -78,7 +78,7 @@ def _bytes(texts: list[str]) -> int:
 
 
 def show(planned: dict[str, Any], out: Console) -> None:
-    """The settings as a TOML file, which `--config` takes, with everything else as comments."""
+    """Show the settings as a TOML file, which `--config` takes, with everything else as comments."""
     for section, table in planned["settings"].items():
         out.print(f"[{section}]", markup=False)
         for key, value in table.items():

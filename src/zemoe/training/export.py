@@ -20,12 +20,12 @@ from .state import sync
 
 
 def _is_tied(model: LongcatFlashForCausalLM) -> bool:
-    """Whether the head is the embedding; the config may say so of one that was loaded with values of its own."""
+    """Return whether the head is the embedding; the config may say so of one that was loaded with other values."""
     return model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def _whole(model: LongcatFlashForCausalLM, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that is saved, shards put together, which takes every rank."""
+    """Yield (name, tensor) of all that is saved, with shards put together, which takes every rank."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and _is_tied(model):
             continue

@@ -45,14 +45,14 @@ class Files(AbstractContextManager["Files"]):
                 file.close()
 
     def writing(self, what: str) -> AbstractContextManager[None]:
-        """A failure to write becomes a StateError that says what there is to go on from."""
+        """Turn a failure to write into a StateError that says what there is to go on from."""
         return state.writing(f"{self.out}: {what}", self.states)
 
     def last_state(self) -> str:
         return state.last_state(self.states)
 
     def claim(self) -> None:
-        """Hold the folder, which is made where there is none, until this process ends, however it does.
+        """Hold the folder, which is made where there is none, until this process ends in whatever way.
 
         Nothing else in it may be written, moved or removed before. The file `lock` stays behind, and means nothing.
 
@@ -81,7 +81,7 @@ class Files(AbstractContextManager["Files"]):
             recover(self.export)
 
     def begin(self, settings: Settings, reader: Reader | None) -> None:
-        """Settings as they are now, and metrics.jsonl without what a run wrote after the state that it goes on from.
+        """Write the settings as they are now, and cut metrics.jsonl after the state that the run goes on from.
 
         Raises:
             StateError: if metrics.jsonl is not what it was when that state was written; nothing has been changed.
@@ -117,7 +117,7 @@ class Files(AbstractContextManager["Files"]):
         self._told.update(line)
 
     def metrics_so_far(self) -> dict[str, Any]:
-        """For a state: how long metrics.jsonl is, all of it on the disk, and its digest."""
+        """Return for a state how long metrics.jsonl is, with all of it on the disk, and its digest."""
         if self._metrics is None:
             return {}
         with self.writing("metrics.jsonl"):
@@ -167,7 +167,7 @@ def _go_on_from(files: Files, settings: Settings, resume: bool) -> Reader | None
 
 
 def _tokenizer(settings: Settings, start: Path | None, texts: list[str]) -> tuple[Any, bytes]:
-    """The tokenizer that a run begins with, and its tokenizer.json."""
+    """Return the tokenizer that a run begins with, and its tokenizer.json."""
     named = start / "tokenizer.json" if start is not None else settings.model.tokenizer
     if not named:
         seen = [data.split(text, settings.data.heldout)[0] for text in texts]
@@ -181,7 +181,7 @@ def _tokenizer(settings: Settings, start: Path | None, texts: list[str]) -> tupl
 
 
 def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool) -> Prepared:
-    """Everything that a model needs to be trained; the first process reads and encodes the text, the others wait.
+    """Make all that a model needs to be trained; the first process reads and encodes the text, the others wait.
 
     Raises:
         SettingsError, StateError: as `zemoe.training.run.train`; what an earlier run left is as it was.
@@ -262,7 +262,7 @@ def _encode(
 
 
 def _check_memory(settings: Settings, config: LongcatFlashConfig, world: int) -> None:
-    """SettingsError for a micro-batch of which not even the logits fit, which a machine may take minutes to notice."""
+    """Raise SettingsError if not even the logits of a micro-batch fit, which a machine may take minutes to notice."""
     train = settings.train
     needs = train.rows // (train.accumulate * world) * settings.data.context * config.vocab_size * 4
     if (there := total_bytes()) is not None and needs > there:

@@ -38,7 +38,7 @@ _BYTES_OF_MODULES = 200_000  # Python objects of a layer: 120,000 were measured
 
 
 def start_folder(name: str) -> Path:
-    """The checkpoint folder called `name`; "models/tiny" is the embedded one, where there is no other."""
+    """Return the checkpoint folder called `name`; "models/tiny" is the embedded one, where there is no other."""
     for folder in (Path(name), _PACKAGE / name):
         if kind_of(folder) == "a folder":
             return folder
@@ -46,7 +46,7 @@ def start_folder(name: str) -> Path:
 
 
 def read_start(folder: Path) -> LongcatFlashConfig:
-    """Its config; SettingsError if there is none that makes sense, or the weights are others than it says."""
+    """Return its config. Raises SettingsError if there is none that makes sense, or the weights don't agree with it."""
     try:
         verify_any(folder)
         return load_config(folder)
@@ -55,7 +55,7 @@ def read_start(folder: Path) -> LongcatFlashConfig:
 
 
 def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFlashConfig:
-    """The config of a new model for the tokens of `tokenizer`; SettingsError for sizes that don't go together."""
+    """Return the config of a new model for the tokens of `tokenizer`. Raises SettingsError for sizes that don't fit."""
     sizes = {name: value for name, value in vars(model).items() if name not in ("start", "tokenizer")}
     # For engines; transformers only hands them on.
     published: dict[str, Any] = {"zero_expert_type": "identity", "router_dtype": "float32"}
@@ -80,7 +80,7 @@ def new_config(model: ModelSettings, tokenizer: Any, context: int) -> LongcatFla
 
 
 def check_fits(config: LongcatFlashConfig) -> None:
-    """SettingsError for a model that this machine has no memory for, before any is taken.
+    """Raise SettingsError for a model that this machine has no memory for, before any is taken.
 
     Every process makes the weights in float32 before it shares them; each layer has modules beside them.
     """
@@ -114,7 +114,7 @@ def wanted_ffn_experts(config: LongcatFlashConfig, wanted: float) -> float:
 
 
 def end_of(config: LongcatFlashConfig) -> int | None:
-    """The id that ends a text."""
+    """Return the id that ends a text."""
     end: Any = config.eos_token_id
     return (end[0] if end else None) if isinstance(end, list) else end
 
@@ -131,7 +131,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def build(config: LongcatFlashConfig, seed: int, start: Path | None) -> LongcatFlashForCausalLM:
-    """A model in float32 on the CPU, in training mode; its weights drawn from `seed`, or those of the folder `start`.
+    """Build a model in float32 on the CPU, in training mode: weights drawn from `seed`, or those of the folder `start`.
 
     Raises:
         SettingsError: for a checkpoint that is damaged, naming file and tensor.
@@ -162,7 +162,7 @@ class Parameters:
 
 
 def count_parameters(config: LongcatFlashConfig, ffn_experts: float) -> Parameters:
-    """Each shared one once; selection biases are none."""
+    """Count each shared parameter once, and no selection bias."""
     slots = config.n_routed_experts + (config.zero_expert_num or 0)
     total = count_numbers(_entries(config)) - config.num_layers * slots
     expert = 3 * config.hidden_size * config.expert_ffn_hidden_size
@@ -170,7 +170,7 @@ def count_parameters(config: LongcatFlashConfig, ffn_experts: float) -> Paramete
 
 
 def companions(settings: Settings, start: Path | None) -> dict[str, bytes]:
-    """{name: content} of the files that belong beside weights, config and tokenizer.json."""
+    """Return {name: content} of the files that belong beside weights, config and tokenizer.json."""
     if start is not None:
         templates = sorted(path.name for path in (start / _TEMPLATES).glob("*.jinja"))
         names = [*_KEPT, *(f"{_TEMPLATES}/{name}" for name in templates)]

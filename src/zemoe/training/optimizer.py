@@ -15,7 +15,7 @@ _FUSED = ("cpu", "cuda")  # devices for which torch has it
 
 
 def rate(train: TrainSettings, step: int) -> float:
-    """Of step 0, 1, ..: warm-up, then a cosine down to `final_rate`; as a share of the peak."""
+    """Return the rate of step 0, 1, ..: warm-up, then a cosine down to `final_rate`; as a share of the peak."""
     if step < train.warmup:
         return (step + 1) / train.warmup
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
@@ -43,7 +43,7 @@ class Optimizer:
             }
 
     def step(self, number: int) -> Tensor:
-        """Use and drop the gradients, clipped, as step `number` 0, 1, ..; their norm before, on the device."""
+        """Use and drop the gradients, clipped, as step `number` 0, 1, ..; return their norm before, on the device."""
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.train.clip)
         for group in self.adamw.param_groups:
             group["lr"] = self.train.learning_rate * rate(self.train, number)
@@ -52,7 +52,7 @@ class Optimizer:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a step depends on, the parameters included; the tensors themselves."""
+        """Return all that a step depends on, the parameters included; the tensors themselves."""
         for name, parameter in self.named.items():
             yield f"weight/{name}", parameter.data
             for key, value in self.adamw.state[parameter].items():

@@ -37,11 +37,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and reports."""
+        """Return whether this process writes files and reports."""
         return self.rank == 0
 
     def wrap(self, model: Any) -> nn.Module:
-        """What to call instead of `model`, a causal language model of transformers, which moves to the device.
+        """Move `model`, a causal language model of transformers, to the device; return what to call instead of it.
 
         With FSDP its parameters become shards, in place, so that an optimizer has to be made afterwards.
         """
@@ -56,7 +56,7 @@ class Ranks:
         return model
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A CPU tensor on the device; a GPU is not waited for, which a copy from unpinned memory would do."""
+        """Copy a CPU tensor to the device; a GPU is not waited for, which a copy from unpinned memory would do."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -70,18 +70,18 @@ class Ranks:
         return nullcontext()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over the ranks, in place."""
+        """Sum `tensor` over the ranks, in place."""
         if self.mode != "alone":
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds on any rank; through the CPU, so that a GPU is not waited for."""
+        """Return whether it holds on any rank; asked through the CPU, so that a GPU is not waited for."""
         return flag if self.mode == "alone" else bool(self.sum_(torch.tensor(int(flag))))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Until all ranks are here; what fails on one of them then fails on all, which would wait for it forever.
+        """Wait for all ranks; what fails on one of them then fails on all, which would wait for it forever.
 
         Each rank raises its own error, or one that names a rank that failed: SettingsError if its was one, else
         RankError. The block must call no collectives, or the same ones where it fails.
@@ -109,7 +109,7 @@ def _kind(name: str) -> str:
 
 
 def _device(name: str, number: int | None) -> torch.device:
-    """The device called `name`; `number`: of this process on its machine, None if it is alone."""
+    """Return the device called `name`. number: of this process on its machine, None if it is alone."""
     usable, kind = usable_devices(), _kind(name)
     full = kind if kind == "cpu" or ":" in kind else f"{kind}:{number or 0}"
     if number is not None and ":" in kind:
@@ -121,7 +121,7 @@ def _device(name: str, number: int | None) -> torch.device:
 
 @contextmanager
 def ranks(run: RunSettings) -> Iterator[Ranks]:
-    """The processes that torchrun started, or those of the process group that is there, or this one alone.
+    """Join the processes that torchrun started, or those of the process group that exists, or run alone.
 
     A group that is there must reduce CPU tensors too ("gloo", "cpu:gloo,cuda:nccl"); it is left as it was. A group
     made here is left at the end, when nothing of the caller's may hold what `Ranks.wrap` returned.

@@ -85,7 +85,7 @@ def _are_layers(value: object) -> bool:
 
 
 def whole_record(line: bytes) -> dict[str, Any] | None:
-    """The record that a line of metrics.jsonl holds; None if it holds none, or one that lacks what is shown of it."""
+    """Return the record that a line of metrics.jsonl holds; None if it holds none, or lacks what is shown of it."""
     try:
         record = parse_json(line)
     except ValueError:

@@ -41,13 +41,13 @@ class Metrics(NamedTuple):
 
 
 def check_matplotlib() -> None:
-    """ReportError unless matplotlib is installed."""
+    """Raise ReportError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
         raise ReportError("plots need matplotlib, which is not installed: pip install 'zemoe[report]'")
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """What `folder`/metrics.jsonl holds.
+    """Return what `folder`/metrics.jsonl holds.
 
     A process that is killed may leave part of a line; a line that is no whole record is left out and counted. Where a
     run was resumed at an earlier step than it had reached, what it wrote after that step before is left out too.
@@ -84,7 +84,7 @@ def read_metrics(folder: Path) -> Metrics:
 
 
 def draw(folder: Path) -> tuple[list[Path], Metrics]:
-    """Draw the run in `folder` into `folder`/plots; the files, and what was drawn.
+    """Draw the run in `folder` into `folder`/plots; return the files, and what was drawn.
 
     Raises:
         ReportError: without matplotlib or metrics.
@@ -120,7 +120,7 @@ def _axes(metrics: Metrics, path: Path) -> Iterator[Axes]:
 
 
 def _values(records: list[Record], key: str) -> list[float]:
-    """NaN, which leaves a gap in a line, for what a record hasn't got."""
+    """Return the values of a record's key; NaN, which leaves a gap in a line, where a record hasn't got it."""
     return [math.nan if record.get(key) is None else record[key] for record in records]
 
 
@@ -172,7 +172,7 @@ def _bias(axes: Axes, metrics: Metrics) -> None:
 
 
 def _by_layer(axes: Axes, metrics: Metrics) -> Iterator[tuple[dict[str, Any], list[Record]]]:
-    """For each layer how to draw it and its part of every record."""
+    """Return for each layer how to draw it and its part of every record."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -79,7 +79,7 @@ def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None
 def _train(
     settings: Settings, processes: Ranks, files: Files, listener: Callable[[Record], None], *, resume: bool
 ) -> Record:
-    """`train` between joining and leaving the other processes: `ranks` needs the model to be gone before they part."""
+    """Do `train` between joining and leaving the other processes: the model must be gone before they part."""
     prepared = prepare(settings, processes, files, resume=resume)
     trainer = Trainer(settings, processes, files, prepared, listener)
     compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
@@ -148,7 +148,7 @@ class Trainer:
     # ---- a step
 
     def _micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [rows, L] of this process: its part of micro-batch `number` of the step."""
+        """Return inputs and targets [rows, L] of this process: its part of micro-batch `number` of the step."""
         train = self.settings.train
         parts = train.accumulate * self.ranks.world
         count = train.rows // parts
@@ -214,7 +214,7 @@ class Trainer:
     # ---- the loop
 
     def run(self, stop: Stop) -> Record:
-        """All steps that are left, or those until a stop is asked for. Returns the "end" record."""
+        """Take all steps that are left, or those until a stop is asked for. Returns the "end" record."""
         self._tell(self._run_record())
         try:
             reason = self._steps(stop)
@@ -255,7 +255,7 @@ class Trainer:
 
     @torch.no_grad()
     def _heldout_loss(self) -> float:
-        """Mean loss in nats a token over the held-out text, on all ranks together."""
+        """Return the mean loss in nats a token over the held-out text, on all ranks together."""
         data, train, processes = self.settings.data, self.settings.train, self.ranks
         total = torch.zeros(2, dtype=torch.float64, device=processes.device)
         self.model.eval()
@@ -359,7 +359,7 @@ class Trainer:
         }
 
     def _train_record(self, norm: float) -> Record:
-        """All but the speed; starts new means."""
+        """Return all of the record but the speed; start new means."""
         progress, settings = self.progress, self.settings
         loss, balance = progress.lm_sum / progress.summed, progress.balance_sum / progress.summed
         progress.lm_sum, progress.balance_sum, progress.summed = 0.0, 0.0, 0

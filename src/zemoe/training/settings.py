@@ -166,19 +166,19 @@ class Settings:
                     raise SettingsError(f"model.{f.name} can't be set beside model.start, which brings its own")
 
     def get(self, key: str) -> Any:
-        """The value called "section.key"."""
+        """Return the value called "section.key"."""
         section, name = key.split(".")
         return getattr(getattr(self, section), name)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Sections of plain values, as JSON and TOML have them; `make` takes them back."""
+        """Return sections of plain values, as JSON and TOML have them; `make` takes them back."""
         return {
             name: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
             for name, section in asdict(self).items()
         }
 
     def that_decide(self) -> dict[str, Any]:
-        """By "section.key", what a run that is resumed must have in common with the one before.
+        """Return by "section.key" what a run that is resumed must have in common with the one before.
 
         Not: where, how often and on how many devices; how a step is cut up; where the text lies (what it says is
         compared by itself).
@@ -211,7 +211,7 @@ def _between(key: str, value: float, least: float, most: float) -> None:
 
 
 def _typed(key: str, value: Any, kind: str) -> Any:
-    """`value` as a field of the annotated `kind` takes it."""
+    """Return `value` as a field of the annotated `kind` takes it."""
     if kind == "tuple[str, ...]":
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
@@ -228,7 +228,7 @@ def _typed(key: str, value: Any, kind: str) -> Any:
 
 
 def make(tables: dict[str, Any], source: str) -> Settings:
-    """Settings from sections of plain values, every key and type checked; source: what errors call them."""
+    """Make Settings from sections of plain values, every key and type checked; source: what errors call them."""
     made: dict[str, Any] = {}
     for name, table in tables.items():
         if name not in SECTIONS:
@@ -244,7 +244,7 @@ def make(tables: dict[str, Any], source: str) -> Settings:
 
 
 def _override(text: str) -> tuple[str, str, Any]:
-    """Section, key and value of "train.steps=200"; what is no TOML value is a string without quotes."""
+    """Return section, key and value of "train.steps=200"; what is no TOML value is a string without quotes."""
     name, equals, value = text.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
@@ -257,7 +257,7 @@ def _override(text: str) -> tuple[str, str, Any]:
 
 
 def read(path: Path | None, overrides: Iterable[str] = (), given: dict[str, dict[str, Any]] | None = None) -> Settings:
-    """Settings of a TOML file (None: the defaults), then `overrides`, "section.key=value" in TOML, then `given`.
+    """Read settings from a TOML file (None: the defaults), then `overrides`, "section.key=value" in TOML, then `given`.
 
     Raises:
         SettingsError: for a file or a value that can't be used.

@@ -47,7 +47,7 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """All of it or nothing, and on the disk when this returns."""
+    """Write all of it or nothing, and return when it is on the disk."""
     unfinished = path.with_name(f".{path.name}.part")
     try:
         unfinished.write_bytes(content)
@@ -59,18 +59,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of JSON."""
+    """Write JSON as `write_bytes` does."""
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the digest of all else in it, which `unsealed` checks."""
+    """Return a JSON object with the digest of all else in it, which `unsealed` checks."""
     plain = json.loads(json.dumps(value))
     return {**plain, "sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def unsealed(value: Any) -> dict[str, Any]:
-    """What `sealed` was given; ValueError if it is not that any more."""
+    """Return what `sealed` was given. Raises ValueError if it is not that any more."""
     if not isinstance(value, dict) or "sha256" not in value:
         raise ValueError("it has no digest; this version of zemoe train did not write it")
     plain = {key: part for key, part in value.items() if key != "sha256"}
@@ -88,13 +88,13 @@ def remove(path: Path) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of which there is a state, in order."""
+    """Return the steps of which there is a state, in order."""
     found = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
     return sorted(int(match[1]) for match in found if match)
 
 
 def last_state(folder: Path) -> str:
-    """For people."""
+    """Return the last state, in words for people."""
     kept = steps(folder)
     return f"the state of step {kept[-1]} is kept" if kept else "there is no state yet"
 
@@ -105,7 +105,7 @@ def _path(folder: Path, step: int) -> Path:
 
 @contextmanager
 def writing(what: str, states: Path) -> Iterator[None]:
-    """What goes wrong while files are written becomes a StateError that says which state is there to go on from."""
+    """Turn what goes wrong while files are written into a StateError that says which state is there to go on from."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -167,7 +167,7 @@ class Writer:
         self.pending, self.size = {}, 0
 
     def finish(self, about: Mapping[str, Any], keep: int) -> Path:
-        """The state exists from here on; of older ones the last `keep` - 1 stay. Returns its folder.
+        """Make the state exist; of older ones the last `keep` - 1 stay. Returns its folder.
 
         Raises:
             StateError: if it could not be written, now or before.
@@ -195,7 +195,7 @@ def _digest(path: Path) -> str:
 
 
 class Reader:
-    """The latest state under `folder`, checked to the last byte: `step`, `about`, and its tensors.
+    """Reads the latest state under `folder`, checked to the last byte: `step`, `about`, and its tensors.
 
     Raises:
         StateError: naming the file that is damaged and the folder to remove. There must be a state (`steps`).
@@ -230,7 +230,7 @@ class Reader:
         return StateError(f"{self.path / name}: damaged ({why}); remove the folder {self.path} to {then}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them with their names, one file after the other."""
+        """Yield all of them with their names, one file after the other."""
         for name in dict.fromkeys(self.where.values()):
             with safe_open(self.path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118

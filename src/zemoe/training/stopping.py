@@ -22,7 +22,7 @@ class Stop:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """While this is active, the signals set `asked`; a second SIGINT does what SIGINT did before.
+    """Let signals set `asked` while this is active; a second SIGINT does what SIGINT did before.
 
     One that is ignored stays ignored, as nohup and a shell's background leave SIGINT. Under torchrun a Ctrl-C arrives
     more than once, from the terminal and from torchrun: there all of them only ask. Outside of the main thread Python

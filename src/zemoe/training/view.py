@@ -46,7 +46,7 @@ class View(AbstractContextManager["View"]):
 
 
 def open_view(console: Console, as_json: bool) -> View:
-    """The view for `console`; `as_json`: nothing but the records, a JSON object a line."""
+    """Return the view for `console`; `as_json`: it shows nothing but the records, a JSON object a line."""
     if as_json:
         return JsonView(console)
     return LiveView(console) if console.is_terminal else LineView(console)
@@ -56,12 +56,12 @@ def open_view(console: Console, as_json: bool) -> View:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """So many digits; a dash for None, the word for what isn't finite."""
+    """Write a number with so many digits; a dash for None, the word for what isn't finite."""
     return f"{value}" if value is not None and not math.isfinite(value) else figures(value, digits)
 
 
 def span(seconds: float) -> str:
-    """1:05 is a minute and five seconds, 1:00:05 an hour and five."""
+    """Write a time: 1:05 is a minute and five seconds, 1:00:05 an hour and five."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -72,7 +72,7 @@ def millions(parameters: float) -> str:
 
 
 def sparkline(values: Sequence[float], cells: int, ascii_only: bool) -> str:
-    """The course of `values`, oldest first, in at most so many cells, each the mean of its part."""
+    """Draw the course of `values`, oldest first, in at most so many cells, each the mean of its part."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
@@ -86,7 +86,7 @@ def sparkline(values: Sequence[float], cells: int, ascii_only: bool) -> str:
 
 
 def gauge(used: float | None, aim: float | None, most: float, ascii_only: bool) -> Text:
-    """A bar of `used` among `most`, with a mark at `aim`."""
+    """Draw a bar of `used` among `most`, with a mark at `aim`."""
     filled = bar(min(max((used or 0) / most, 0), 1), ascii_only).ljust(_CELLS, "." if ascii_only else "·")
     text = Text(filled, style=BAR_COLOR)
     if aim is not None:
@@ -97,7 +97,7 @@ def gauge(used: float | None, aim: float | None, most: float, ascii_only: bool) 
 
 
 def headline(run: Record) -> str:
-    """One line: the model, where, in what, and how much text."""
+    """Return one line: the model, the device, the dtype, and how much text."""
     world = f" x {run['world']}" if run["world"] > 1 else ""
     return (
         f"{millions(run['parameters'])} parameters, {millions(run['active_parameters'])} used by a token; "
@@ -108,7 +108,7 @@ def headline(run: Record) -> str:
 
 
 def _experts(record: Record, run: Record) -> str:
-    """3.98 ± 0.91 of 6 a token, K_e 4."""
+    """Write FFN experts a token, such as 3.98 ± 0.91 of 6 a token, K_e 4."""
     spread = "" if record["ffn_experts_std"] is None else f" ± {record['ffn_experts_std']:.2f}"
     aim = "" if run["k_e"] is None else f", K_e {run['k_e']:g}"
     return f"{number(record['ffn_experts'], 3)}{spread} of {run['choices']} a token{aim}"
@@ -123,12 +123,12 @@ def _held_out(record: Record) -> str:
 
 
 def at_step(step: int) -> str:
-    """When a model had a score: at step 20, or before the first step."""
+    """Say when a model had a score: at step 20, or before the first step."""
     return f"at step {step}" if step else "at the start"
 
 
 def training_line(record: Record, run: Record) -> str:
-    """One line of a "train" record."""
+    """Return one line of a "train" record."""
     return (
         f"step {record['step']} of {run['steps']}: loss {number(record['loss'])}, {number(record['bits_per_byte'])} "
         f"bits/byte, FFN experts {_experts(record, run)}, zero share {_share(record['zero_share'])}, "
@@ -137,7 +137,7 @@ def training_line(record: Record, run: Record) -> str:
 
 
 def ending(end: Record) -> str:
-    """How the run ended, and what to do next."""
+    """Say how the run ended, and what to do next."""
     text = f"{end['reason']} at step {end['step']} after {span(end['seconds'])}"
     if end["best_step"] is not None:
         text += f", best held-out {number(end['best_heldout_bits_per_byte'])} bits/byte {at_step(end['best_step'])}"
@@ -152,7 +152,7 @@ def ending(end: Record) -> str:
 
 
 class JsonView(View):
-    """A record a line, as soon as it comes. What JSON can't hold (a loss that is no number) is null."""
+    """Writes a record a line, as soon as it comes. What JSON can't hold (a loss that is no number) is null."""
 
     def __init__(self, console: Console) -> None:
         self._file = console.file
@@ -192,7 +192,7 @@ class _Clock:
 
 
 class LineView(View):
-    """A line a record."""
+    """Writes a record a line."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._now = console, clock
@@ -223,7 +223,7 @@ class LineView(View):
 
 
 class LiveView(View):
-    """On a terminal: the same few lines, drawn anew as the run goes on, and left there at its end."""
+    """Draws the same few lines on a terminal anew as the run goes on, and leaves them there at its end."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._now, self._ascii = console, clock, console.options.ascii_only
@@ -323,7 +323,7 @@ class LiveView(View):
         )
 
     def _layers(self, shares: list[float | None]) -> Text:
-        """The shade of a layer is its FFN work: the less of it, the darker."""
+        """Shade each layer by its FFN work: the less of it, the darker."""
         text = Text()
         for share in shares:
             background, ink = SHADES[round((1 - (share or 0)) * (len(SHADES) - 1))]
