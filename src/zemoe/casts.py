@@ -1,7 +1,7 @@
-"""What stays float32 when a module is cast: routers and selection biases.
+"""Routers and selection biases stay float32 when a module is cast.
 
-bfloat16 keeps 8 bits of a selection bias whose steps are smaller than that, and of a router it moves tokens to other
-experts.
+In bfloat16, which has 8 bits, the small steps of a selection bias would be lost, and a rounded router sends tokens to
+other experts.
 """
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -21,10 +21,10 @@ from ._compat import EditsStateDict
 class StaysFloat32(EditsStateDict):
     """A module some of whose tensors no cast changes: not `.to(torch.bfloat16)`, `.half()`, `.double()` or `.type()`.
 
-    Devices change as ever, and so does the dtype of a tensor that isn't float32 to begin with, but only to float32.
+    Devices change as usual. A tensor that isn't float32 to begin with changes its dtype too, but only to float32.
     Loading a 16-bit state_dict gives float32 tensors, with assign=True too.
 
-    stays_float32: the names of the module's own parameters and buffers that this is about; None for all, those of its
+    stays_float32: the names of the module's own parameters and buffers that stay; None for all, those of its
     submodules included.
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their layouts, and that a folder holds what it says, checked before anything is loaded."""
+"""Checkpoints on disk: their layouts, and the checks that a folder passes before anything of it is loaded."""
 
 from .files import CheckpointError
 from .fp8 import save_dequantized

@@ -121,8 +121,8 @@ _ROPE: dict[str, Check] = {
     "truncate": (_is_bool, "true or false"),
     "partial_rotary_factor": (lambda value: _is_number(value) and value == 1, "1 (a part of a head is not rotated)"),
 }
-# What of config.json a model in transformers is built with. All else is the file's own business, or of transformers and
-# not of this architecture: labels, private names, how a caller wants outputs.
+# The entries of config.json that a model in transformers is built with. All others concern the file, or transformers
+# but not this architecture: labels, private names, how a caller wants outputs.
 READ = (
     *_SIZES, "zero_expert_num", "routed_scaling_factor", "head_dim", "num_key_value_heads", "qk_head_dim",
     "rope_parameters", "rope_scaling", *_OPTIONAL, "router_dtype",
@@ -181,7 +181,7 @@ def check_config(config: Mapping[str, Any], source: str = "config.json") -> None
 
 
 def _check_rope(rope: Any, source: str, rope_dim: int) -> None:
-    """What is said about rotary positions, one dict for all layers."""
+    """CheckpointError unless transformers computes what the config says of rotary positions, for all layers at once."""
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"{source} must be an object, null or absent, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -38,7 +38,7 @@ class QuantizedManifest:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """As `zemoe.checkpoints.read_config`, also for a folder with FP8 weights: then without what says so."""
+    """As `zemoe.checkpoints.read_config`, also for a folder with FP8 weights, without `quantization_config`."""
     folder = Path(folder)
     if not is_quantized(folder):
         return longcat.read_config(folder)

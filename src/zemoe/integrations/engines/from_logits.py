@@ -1,4 +1,4 @@
-"""What is behind the router's product of a LongCat-like layer, as operators for engines that compile a model.
+"""All of a LongCat-like layer that follows the router's product, as operators for engines that compile a model.
 
 Compiled code calls them as they are: our backends decide by the number of tokens at each call, and engines compile once
 for all numbers.

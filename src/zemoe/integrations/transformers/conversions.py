@@ -1,4 +1,4 @@
-"""What `transformers.py` changes in how transformers reads and writes LongCat-Flash's experts.
+"""How `apply` and `register` change what transformers reads and writes of LongCat-Flash's experts.
 
 E FFN experts, Z zero experts, A = E + Z slots.
 """
@@ -50,7 +50,7 @@ class DropDeadRows(ConversionOps):
 
 
 class KeepRows(ConversionOps):
-    """The reverse of dropping what nothing reads: nothing."""
+    """Does nothing: it is the reverse of dropping rows that nothing reads."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any

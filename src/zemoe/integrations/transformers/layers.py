@@ -1,4 +1,4 @@
-"""LongCat-Flash's MoE layer for transformers, computed by zemoe: what `transformers.py` puts in stock's place.
+"""LongCat-Flash's MoE layer for transformers, computed by zemoe: what `apply` and `patch_` put in stock's place.
 
 Module, parameter and attribute names are stock's, and each class is a subclass of stock's, so that output recorders,
 weight initialisation, parallel plans and checkpoints find what they look for.
@@ -124,7 +124,7 @@ class ZeroExpertLongcatRouter(StaysFloat32, RoutingModule, StockRouter):
 
 
 def expert_rank(mesh: DeviceMesh) -> int:
-    """Which part of the experts this rank holds. A mesh of more than one dimension calls the experts' "ep"."""
+    """Which part of the experts this rank holds. In a mesh of several dimensions theirs is called "ep"."""
     return mesh.get_local_rank(None if mesh.ndim == 1 else "ep")
 
 
@@ -158,7 +158,7 @@ class ZeroExpertLongcatExperts(LoadsSeparateExperts, MarkedForExpertParallelism,
         return self.total_experts
 
     def adopt(self, config: Any) -> None:
-        """Make stock experts ours, in place, but for their dead rows."""
+        """Make stock experts ours, in place; their dead rows stay (`patch_` frees them)."""
         self.activation = _ACTIVATIONS[config.hidden_act]
         self.backend = None
         self.num_experts = self.num_routed_experts

@@ -187,7 +187,7 @@ def place(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def make_head(model: PreTrainedModel, *, on_disk: bool) -> None:
-    """Before a model is filled: a head of its own where the checkpoint holds one, whatever the config says of ties."""
+    """Before filling a model, give it a head of its own where the checkpoint holds one, whatever the config says."""
     head: Any = model.get_output_embeddings()
     if on_disk:
         head.weight = nn.Parameter(torch.empty_like(head.weight))
@@ -196,7 +196,7 @@ def make_head(model: PreTrainedModel, *, on_disk: bool) -> None:
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
-    """Once it is filled: tied as the config says, unless the head differs from the embedding; transformers' rule."""
+    """Tie the head of a filled model if the config says so and it equals the embedding, as transformers does."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     if torch.equal(head.weight, embedding.weight):
@@ -206,7 +206,7 @@ def tie_if_equal(model: PreTrainedModel) -> None:
 def load_dequantized(
     manifest: QuantizedManifest, config: LongcatFlashConfig, dtype: torch.dtype
 ) -> modeling.LongcatFlashForCausalLM:
-    """Build the model that `config` (not quantized) says, on the CPU, and fill it; for while our layers are applied.
+    """Build the model that `config` (not quantized) says, on the CPU, and fill it. Our layers must be applied.
 
     Memory beside the model: one weight and all blocks' factors.
     """

@@ -43,7 +43,7 @@ _FLAGS = (
 )  # fmt: skip
 _POSITIVE = ("moe_gate_norm_std", "rms_norm_eps", "rope_theta")
 _DTYPES = ("float32", "bfloat16", "float16")
-# Of the file, not of the model; and entries of Llama's config that the published code reads past.
+# Entries about the file, not the model; and those of Llama's config that the published code never reads.
 _LEFT_OUT = (
     "architectures", "auto_map", "model_type", "transformers_version", "moe_expert_interval", "rope_theta",
     "rope_scaling", "rope_parameters", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
@@ -149,7 +149,7 @@ def published_tensors(model: MoEPlusPlusForCausalLM) -> dict[str, Tensor]:
 
 
 def _checked_tensors(folder: Path, config: MoEPlusPlusConfig) -> dict[str, TensorInfo]:
-    """The tensors of a folder, which are those of the config; before memory is taken for a model of its size."""
+    """Check a folder's tensors against the config before memory is taken for a model of its size; returns them."""
     found = read_tensors(folder)
     source = folder / "config.json"
     counts = {"num_hidden_layers": config.num_hidden_layers, "num_experts": config.num_experts[0]}
@@ -181,7 +181,7 @@ def load_moepp(
 
     Raises:
         zemoe.checkpoints.CheckpointError: for a config that isn't MoE++'s, tensors that are missing, of another shape,
-            or nobody's, naming file and entry.
+            or not part of the model, naming file and entry.
     """
     folder = Path(folder)
     config = read_config(folder)

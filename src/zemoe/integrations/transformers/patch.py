@@ -157,7 +157,7 @@ def _check_plain(name: str, layer: Any) -> None:
 
 
 def _free_dead_rows(experts: Any) -> int:
-    """Shrink gate_up_proj to its E live rows; bytes freed. One layer's live rows are held twice meanwhile."""
+    """Shrink gate_up_proj to its E live rows and return the bytes freed; meanwhile the live rows are held twice."""
     weight, rows = experts.gate_up_proj, experts.num_routed_experts
     before = weight.numel() * weight.element_size()
     if weight.shape[0] > rows:

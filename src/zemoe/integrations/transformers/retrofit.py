@@ -115,9 +115,10 @@ def _deepseek_rules(block: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Family:
-    """Stock's block, gate and experts, in this order, and our classes for them; the router's rules for MoEConfig.
+    """One family of models whose blocks `retrofit_` knows.
 
-    on_disk: what checkpoints call the block, where that is not its name in the model.
+    ours: stock's classes of block, gate and experts, in this order, and our class for each. rules: gives a block's
+    routing rules as keywords of MoEConfig. on_disk: what checkpoints call the block, if not as the model does.
     """
 
     ours: Mapping[type[nn.Module], type[nn.Module]]
@@ -131,7 +132,7 @@ class _Family:
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """A hook of the module that owns a block: what a checkpoint calls by one name is loaded by another."""
+    """A load_state_dict hook of a block's owner: renames what checkpoints call `name` to the model's `own`."""
 
     name: str
     own: str

@@ -13,5 +13,5 @@ _LEFT_OUT = ("num_labels", "id2label", "label2id", "attn_implementation", "exper
 
 
 def of_the_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is no part of the architecture but would take memory or choose code."""
+    """Copy a config without entries that are no part of the architecture but would take memory or choose code."""
     return {name: value for name, value in config.items() if name not in _LEFT_OUT and name[:1] != "_"}

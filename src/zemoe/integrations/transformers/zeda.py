@@ -39,7 +39,7 @@ _KEYS = ("zce_nums", "zce_types", "use_zce_mask", "architectures", "auto_map", "
 
 
 def _zero_experts(config: Mapping[str, Any], source: Path) -> tuple[str, int]:
-    """Kind and number of the zero experts."""
+    """Return the kind and the number of the zero experts; CheckpointError for kinds that we do not compute."""
     numbers, kinds = config.get("zce_nums"), config.get("zce_types")
     if not isinstance(numbers, list) or not isinstance(kinds, list) or len(numbers) != len(kinds) or not kinds:
         raise CheckpointError(f"{source}: zce_nums and zce_types must be lists of one length, got {numbers}, {kinds}")
@@ -90,7 +90,7 @@ def load_zeda(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
 
     Raises:
         zemoe.checkpoints.CheckpointError: for another model_type, zero experts of other or several kinds, tensors that
-            are missing, of another shape, or nobody's.
+            are missing, of another shape, or not part of the model.
     """
     folder = Path(folder)
     source = folder / "config.json"

@@ -49,7 +49,7 @@ class _Router(nn.Module):
 
 
 class _ExpertsByName(nn.Module):
-    """One more step in the names that vLLM loads to: `experts.routed_experts.w13_weight`."""
+    """Adds a step to the experts' names, for vLLM loads to `experts.routed_experts.w13_weight`."""
 
     def __init__(self, routed_experts: ExpertShare) -> None:
         super().__init__()

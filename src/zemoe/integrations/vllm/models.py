@@ -1,4 +1,4 @@
-"""vLLM's LongCat-Flash models with our MoE layer in them: what `vllm.py` registers.
+"""vLLM's LongCat-Flash models with our MoE layer in them: what `plugin.py` registers.
 
 All MoE layers of a model are of one kind, and `moe_layers` looks at the whole configuration before anything is built.
 """
@@ -143,21 +143,21 @@ def _say(what: str, *values: Any) -> None:
 
 
 def _keep_apart_when_compiled(vllm_config: Any) -> None:
-    """Give what vLLM compiles a key of its own: it finds compiled code on disk by configuration, not by layers."""
+    """Make vLLM keep compiled code of our layers apart: it looks that up on disk by configuration, not by layers."""
     known = vllm_config.additional_config
     if isinstance(known, dict):
         vllm_config.additional_config = {**known, "zemoe": __version__}
 
 
 def _mend_rotary_embedding(vllm_config: Any) -> None:
-    """On CPUs take the rotary embedding in torch: vLLM's kernel leaves all heads but the first of 3-D queries alone."""
+    """On CPUs use torch's rotary embedding: vLLM's kernel rotates only the first head of 3-D queries."""
     custom_ops = vllm_config.compilation_config.custom_ops
     if current_platform.is_cpu() and not {f"+{_ROTARY}", f"-{_ROTARY}"} & set(custom_ops):
         custom_ops.append(f"-{_ROTARY}")
 
 
 def without_dead_rows(weights: Iterable[tuple[str, Tensor]], num_experts: int) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors without those of zero experts, which transformers saves and nothing reads."""
+    """Leave out a checkpoint's tensors of zero experts, which transformers saves and nothing reads."""
     for name, tensor in weights:
         expert = _EXPERT.search(name)
         if expert is None or int(expert[1]) < num_experts:
