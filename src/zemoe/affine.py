@@ -67,7 +67,7 @@ def _identity(chosen: Chosen) -> Coefficients:
 
 
 def _zero(chosen: Chosen) -> Coefficients:
-    # Not torch.zeros: a lost token's NaN weight has to reach its output.
+    # Not torch.zeros: the weight of a token with a NaN has to reach its output.
     return chosen.weight_TK.detach().sum(-1) * 0, None
 
 

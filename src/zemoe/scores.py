@@ -59,7 +59,7 @@ def renormalized(
     """The weights of chosen slots as `mode` has them; null_ranges: (first, stop) of the slots of kind zero."""
     if mode == "none":
         return weights_TK
-    # Dropped by multiplication, not by filling, so that a lost token's NaN stays.
+    # Dropped by multiplication, not by filling, so that a NaN stays.
     if mode == "real":
         weights_TK = weights_TK * (ids_TK < num_experts)
     elif mode == "nonnull":

@@ -20,7 +20,7 @@ from helpers.training_worker import ended, losses, one_rank, records, settings_f
 from zemoe.checkpoints.longcat import verify
 from zemoe.integrations.transformers.layers import ZeroExpertLongcatMoE
 from zemoe.training import parallel, state
-from zemoe.training.files import Files, prepare
+from zemoe.training.files import Files, prepare_run
 from zemoe.training.optimizer import Optimizer, rate
 from zemoe.training.parallel import Ranks
 from zemoe.training.run import train
@@ -160,7 +160,7 @@ def test_rows_that_cannot_be_shared(tmp_path, monkeypatch):
     three = Ranks(0, 3, "alone", torch.device("cpu"))  # of three, but without the group that would tell the others
     settings = settings_for(tmp_path, "out")
     with pytest.raises(SettingsError, match=r"multiple of train\.accumulate=1 times 3 processes, got 4"):
-        prepare(settings, three, Files(tmp_path / "out", writes=True), resume=False)
+        prepare_run(settings, three, Files(tmp_path / "out", writes=True), resume=False)
 
 
 def test_the_optimizer():

@@ -206,7 +206,7 @@ def _sum_rows_fake(rows: Tensor, slot_row: Tensor, row_token: Tensor) -> Tensor:
     return rows.new_empty((slot_row.shape[0], rows.shape[1]), dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-# Each is the other's backward. Plain indexing would add the many rows of nobody to one token, one after the other.
+# Each is the other's backward. Plain indexing would add the many padding rows to one token, one after the other.
 def _save_indices(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
     ctx.dtype = inputs[0].dtype

@@ -180,7 +180,7 @@ def _tokenizer(settings: Settings, start: Path | None, texts: list[str]) -> tupl
         raise SettingsError(f"{named}: not readable as a tokenizer ({reason(error)})") from None
 
 
-def prepare(settings: Settings, processes: Ranks, files: Files, *, resume: bool) -> Prepared:
+def prepare_run(settings: Settings, processes: Ranks, files: Files, *, resume: bool) -> Prepared:
     """Make all that a model needs to be trained; the first process reads and encodes the text, the others wait.
 
     Raises:

@@ -25,7 +25,7 @@ from ..routing import observe
 from ..statistics import RoutingTally
 from .data import IGNORE, Rows
 from .export import export
-from .files import Files, Prepared, prepare
+from .files import Files, Prepared, prepare_run
 from .model import build, checkpoint_activations, companions, count_parameters
 from .optimizer import Optimizer, rate
 from .parallel import Ranks, ranks
@@ -80,7 +80,7 @@ def _train(
     settings: Settings, processes: Ranks, files: Files, listener: Callable[[Record], None], *, resume: bool
 ) -> Record:
     """Do `train` between joining and leaving the other processes: the model must be gone before they part."""
-    prepared = prepare(settings, processes, files, resume=resume)
+    prepared = prepare_run(settings, processes, files, resume=resume)
     trainer = Trainer(settings, processes, files, prepared, listener)
     compile_loops(processes.device, trainer.dtype, gradients=True)  # or the first step would look slow
     with stopping() as stop:  # not before: there is nothing to save, and a signal may end the process at once

@@ -126,7 +126,7 @@ FENCED = {
 
 @pytest.mark.parametrize("shape", FENCED)
 def test_inside_fences(shape: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launcher between guard bands: see test_triton_guard. What rows of nobody hold differs between both runs."""
+    """Every launcher between guard bands: see test_triton_guard. What padding rows hold differs between both runs."""
     pretend_hopper(device, monkeypatch)
     case, block_m, shift = FENCED[shape]
     inputs = case.inputs(DTYPE)

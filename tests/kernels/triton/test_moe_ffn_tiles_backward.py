@@ -198,7 +198,7 @@ def test_autocast(device: str) -> None:
 def test_lost_tokens(where: str, device: str) -> None:
     """NaN in the same gradients as the torch backend's, and in no other."""
     kinds = (("identity", 3),) if where == "x" else (("constant", 1), ("identity", 2))  # a constant is NaN by itself
-    case = Case("lost", "experts that no lost token chose", T=9, E=12, kinds=kinds, K=4)
+    case = Case("lost", "experts that no token with a NaN chose", T=9, E=12, kinds=kinds, K=4)
     found = {}
     for backend in ("triton", "torch"):
         leaves, rest = leaves_of(case, device)
