@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"_compat", "kernels", "scores", "versions"},
     "kernels": {"_compat", "versions"},
     "versions": set(),
+    "engine_options": set(),
     "backends": {"config", "plan", "affine", "ops", "scores"},
     "experts": {"_compat", "config", "routing", "affine", "backends", "ops", "kernels"},
     "balance": {"config", "routing", "scores"},
@@ -112,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "routing",
         "statistics",
     },
-    "fused_moe": {"config", "casts", "scores", "routing", "affine", "backends", "experts"},
+    "fused_moe": {"config", "casts", "scores", "routing", "affine", "backends", "engine_options", "experts"},
     "layer": {"config", "casts", "routing", "affine", "backends", "experts"},
 }
 # Third-party packages that may be imported at the top of a module; torch is the only dependency of `import zemoe`.

@@ -8,7 +8,6 @@ Nothing is stored on a module during forward; the one exception is the explicit,
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import SupportsIndex
@@ -20,48 +19,15 @@ from .affine import AffineParams, check_kinds, count_kind
 from .backends import Backend, backend_of
 from .casts import StaysFloat32
 from .config import MoEConfig, RoutingRules, ZeroExpertKinds, check_count, expand_kinds, renormalize_mode
+from .engine_options import RoutingMemo, check_engine_options
 from .experts import fused_experts, moe_activation
 from .routing import Routing, Selector
 from .scores import check_scoring
-
-# Arguments of engines' FusedMoE that zemoe has no use for: neutral values, and what to do instead of another one.
-_NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
-    "reduce_results": ((True, False), ""),
-    "quant_config": ((None,), "load dequantised weights"),
-    "tp_size": ((None, False, 0, 1), "shard outside of the layer"),
-    "ep_size": ((None, False, 0, 1), "shard outside of the layer"),
-    "dp_size": ((None, False, 0, 1), "run one layer per data-parallel rank"),
-    "pcp_size": ((None, False, 0, 1), "run one layer per rank"),
-    "apply_router_weight_on_input": ((None, False, 0), "scale the hidden states yourself"),
-    "has_bias": ((None, False, 0), "use experts without bias"),
-    "is_act_and_mul": ((None, True), "use gated experts"),
-    "num_redundant_experts": ((None, False, 0), "load balance outside of the layer"),
-    "enable_eplb": ((None, False, 0), "load balance outside of the layer"),
-    "is_sequence_parallel": ((None, False, 0), "gather the sequence before the layer"),
-    "expert_mapping": ((None,), "give weight_loader the expert id"),
-    "n_shared_experts": ((None, 0), "use zemoe.MoE, which has shared experts"),
-    "zero_expert_num": ((None, 0), "use ZeroExpertFusedMoE"),
-    "zero_expert_type": ((None,), "use ZeroExpertFusedMoE"),
-}
 
 
 def _check_bias(bias: object) -> None:
     if not isinstance(bias, Tensor):
         raise TypeError(f"e_score_correction_bias must be a tensor, got {type(bias).__name__}: {bias!r}")
-
-
-class _Memo(threading.local):
-    """Routing handed from the caller to the layer, one per thread; a copied layer starts with an empty one."""
-
-    def __init__(self) -> None:
-        self.routed: tuple[Tensor, Tensor] | None = None
-        self.read = 0
-
-    def __deepcopy__(self, memo: dict) -> _Memo:
-        return _Memo()
-
-    def __reduce__(self) -> tuple:
-        return _Memo, ()
 
 
 class FusedMoE(StaysFloat32):
@@ -112,12 +78,7 @@ class FusedMoE(StaysFloat32):
         **engine_options: object,
     ) -> None:
         super().__init__()
-        for name, value in engine_options.items():
-            if name not in _NEUTRAL:
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
-            neutral, instead = _NEUTRAL[name]
-            if not any(value is known or (value == known and type(value) is type(known)) for known in neutral):
-                raise ValueError(f"{name} must be one of {neutral}, got {value!r}; {instead}")
+        check_engine_options(type(self).__name__, engine_options)
         if use_grouped_topk and (num_expert_group is None or topk_group is None):
             raise ValueError(
                 "use_grouped_topk=True needs num_expert_group and topk_group, "
@@ -350,7 +311,7 @@ class ZeroExpertFusedMoE(FusedMoE):
         self.constant_router = nn.Parameter(torch.zeros(C, 2, H, dtype=torch.float32)) if C else None
         self.constant_value = nn.Parameter(torch.zeros(C, H, dtype=torch.float32)) if C else None
         self.scale = nn.Parameter(torch.ones(S, dtype=torch.float32)) if S else None
-        self._memo = _Memo()
+        self._memo = RoutingMemo()
 
     def _zero_expert_kinds(self) -> ZeroExpertKinds:
         return self._kinds
@@ -393,12 +354,8 @@ class ZeroExpertFusedMoE(FusedMoE):
 
         Inside another such context the outer one goes on afterwards where it was.
         """
-        outer = self._memo.routed, self._memo.read
-        self._memo.routed, self._memo.read = (topk_weights, topk_ids), 0
-        try:
+        with self._memo.holding(topk_weights, topk_ids):
             yield
-        finally:
-            self._memo.routed, self._memo.read = outer
 
     def _select_experts_from_memo(self, hidden_states: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
         """(topk_weights, topk_ids) of the next len(hidden_states) memoized rows; router_logits are not used.
@@ -406,16 +363,7 @@ class ZeroExpertFusedMoE(FusedMoE):
         Raises:
             RuntimeError: when nothing is memoized on this thread, or fewer rows are left than asked for.
         """
-        if self._memo.routed is None:
-            raise RuntimeError(
-                "no routing is memoized on this thread: call inside `with layer._memoize(weights, ids):`"
-            )
-        weights, ids = self._memo.routed
-        start, end = self._memo.read, self._memo.read + len(hidden_states)
-        if end > len(ids):
-            raise RuntimeError(f"hidden_states asks for rows {start} to {end}, but only {len(ids)} rows were routed")
-        self._memo.read = end
-        return weights[start:end], ids[start:end]
+        return self._memo.take(len(hidden_states))
 
     @staticmethod
     @contextmanager

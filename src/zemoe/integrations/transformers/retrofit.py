@@ -252,7 +252,7 @@ def _blocks_of(model: nn.Module) -> dict[str, tuple[Any, _Family]]:
     if any(getattr(getattr(module, "config", None), "output_router_logits", False) for module in model.modules()):
         raise ValueError(
             "config.output_router_logits must be False: transformers' own balance loss knows E experts only; use "
-            "zemoe.observe and zemoe.zeda_balance_loss"
+            "zemoe.observe and zemoe.balance.zeda_balance_loss"
         )
     return blocks
 
