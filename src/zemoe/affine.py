@@ -35,10 +35,11 @@ NO_PARAMS = AffineParams()
 
 
 class Chosen(NamedTuple):
-    """The choices that fell on the slots of one (kind, count) entry of a layer.
+    """The choices that fell on the slots of one (kind, count) entry of a layer: what the rule of a kind is given.
 
-    weight_TK: float32, 0 where the choice is another slot's. ids_TK: all choices. first: an expert's id less its index
-    among all of its kind. constant_logits_TC2: W_j x of every constant expert, or None without one.
+    weight_TK: float32 or float64, 0 where the choice is another slot's. ids_TK: all choices of the layer. first: the id
+    less which `id - first` numbers the experts of this kind from 0, also where several entries have the kind. params:
+    of the whole layer. constant_logits_TC2: W_j x of every constant expert, or None in a layer without one.
     """
 
     weight_TK: Tensor
@@ -48,7 +49,7 @@ class Chosen(NamedTuple):
     constant_logits_TC2: Tensor | None
 
 
-Coefficients = tuple[Tensor, Tensor | None]  # alpha_T, beta_TC
+Coefficients = tuple[Tensor, Tensor | None]  # alpha_T, and beta_TC or None in a layer without constant experts
 
 
 class AffineTerms(NamedTuple):
@@ -72,7 +73,10 @@ def _zero(chosen: Chosen) -> Coefficients:
 
 
 def _weight_by_expert(chosen: Chosen, experts: int) -> Tensor:
-    """[T, experts] weights. A comparison and a sum instead of scatter_add: the order is fixed on every device."""
+    """Return [T, experts]: the sum of a token's weights for each expert of the kind.
+
+    A comparison and a sum take the place of scatter_add, whose order of adding is not fixed on every device.
+    """
     ids = torch.arange(chosen.first, chosen.first + experts, device=chosen.ids_TK.device)
     return (chosen.weight_TK[:, :, None] * (chosen.ids_TK[:, :, None] == ids)).sum(1)
 
@@ -98,15 +102,15 @@ AFFINE_KINDS: dict[str, Callable[[Chosen], Coefficients]] = {
 }
 
 LEARNED = {"constant": "constant_value", "scaled_identity": "scale"}  # of a kind that learns: a field of AffineParams
-HIGHEST_ID = 2**31 - 1
+HIGHEST_ID = 2**31 - 1  # ids may be int32
 
-# What the kernels that plan a layer call the kinds (kernels/triton/coefficients.py). A kind that is not here works
-# too: its rule above is run instead.
+# The numbers that stand for kinds in the Triton kernel of kernels/triton/coefficients.py. A kind without a number works
+# too: the triton backend runs its rule of AFFINE_KINDS instead.
 CODES = {"zero": 0, "identity": 1, "scaled_identity": 2, "constant": 3}
 
 
 def kernel_kinds(kinds: ZeroExpertKinds) -> tuple[tuple[int, int], ...] | None:
-    """(code, count) in id order, or None if one of the kinds has no code."""
+    """Return (number in CODES, count) in id order, or None if one of the kinds has no number there."""
     if any(kind not in CODES for kind, _ in kinds):
         return None
     return tuple((CODES[kind], count) for kind, count in kinds)
@@ -120,21 +124,25 @@ def check_kinds(kinds: ZeroExpertKinds) -> None:
 
 
 def count_kind(kinds: ZeroExpertKinds, kind: str) -> int:
-    """How many experts of `kind` a layer has."""
+    """Return how many experts of `kind` a layer has."""
     return sum(count for name, count in kinds if name == kind)
 
 
 def count_identities(kinds: ZeroExpertKinds) -> int:
-    """How many zero-computation experts a layer has, where all of them give back x itself; otherwise 0."""
+    """Return how many zero-computation experts a layer has if all of them are identities, and 0 otherwise."""
     if any(kind != "identity" for kind, _ in kinds):
         return 0
     return sum(count for _, count in kinds)
 
 
 def kinds_of_all_ids(kind: str, num_experts: int, params: AffineParams) -> tuple[ZeroExpertKinds, int | None]:
-    """Kinds of a layer in which every id from `num_experts` on is of `kind`; and the number of its slots, if limited.
+    """Return the kinds of a layer in which every id from `num_experts` on is of `kind`, and A or None.
 
-    A kind that learns has as many experts as `params` holds; of another there are as many as there are ids.
+    A kind that learns has as many experts as `params` holds. Any other kind has no limit: its ids go up to HIGHEST_ID,
+    and None is returned in place of the number of slots A.
+
+    Raises:
+        ValueError: if `params` lacks what the kind learns.
     """
     if kind not in LEARNED:
         return expand_kinds(kind, HIGHEST_ID - num_experts), None
@@ -169,7 +177,7 @@ def affine_coefficients(
     params: AffineParams = NO_PARAMS,
     constant_logits_TC2: Tensor | None = None,
 ) -> Coefficients:
-    """(alpha_T, beta_TC or None) of the choices with ids >= num_experts.
+    """Return (alpha_T, beta_TC or None), the sums over each token's choices with ids >= num_experts.
 
     Args:
         topk_weights_TK: float32 or float64. topk_ids_TK: integers; ids below num_experts and -1 are left out.

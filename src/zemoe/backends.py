@@ -1,7 +1,9 @@
-"""Backends: who computes a layer, routing and experts together, on which devices and in which dtypes.
+"""Backends: each computes a layer, routing and experts together, on its devices and in its dtypes.
 
-A layer asks `backend_of` once a call and hands on what it got. T tokens, H hidden size, I expert width, E FFN experts,
-A slots, R rows of a router's weight, K choices, C constant experts.
+A layer asks `backend_of` once a call and passes the Backend on to everything that it calls.
+
+T tokens, H hidden size, I expert width, E FFN experts, A slots, R rows of a router's weight, K choices,
+C constant experts.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ Choice = tuple[Tensor, Tensor]  # weights [T, K] float32, ids [T, K] int64
 class ExpertsInput(NamedTuple):
     """What the experts of a layer compute from; checked, x [T, H], weights [T, K] in float32 (float64 with float64 x).
 
-    num_slots: A, or None where any id from num_experts on is a slot. kinds: canonical, in id order.
-    constant_logits_TC2: W_j x of the constant experts, or None. main_grads: what the gradients of w13 and w2 are added
-    to instead of being returned, each None where they are.
+    w13: [E, 2I, H]. w2: [E, H, I]. num_slots: A, or None where any id from num_experts on is a slot. kinds: canonical,
+    in id order. constant_logits_TC2: W_j x of the constant experts, or None. main_grads: for w13 and for w2, the tensor
+    that its gradient is added to, or None for a gradient that is returned as usual.
     """
 
     x_TH: Tensor
@@ -49,7 +51,7 @@ class ExpertsInput(NamedTuple):
     main_grads: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
-# --- routing: logits of x [T, H] and a weight [R, H], and the choice by logits [T, A] and a float32 bias [A] or [E] ---
+# --- routing: x [T, H] and a weight [R, H] to logits; logits [T, A] and a float32 bias, [A] or [E], to choices ---
 
 
 def _logits_by_torch(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ def _select_by_triton(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | Non
     return _select_by_torch(logits_TA, rules, bias)
 
 
-# --- experts: weighted sums [T, H] from an ExpertsInput ---
+# --- experts: from an ExpertsInput to weighted sums [T, H] ---
 
 
 def _coefficients(given: ExpertsInput) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +121,7 @@ def _coefficients(given: ExpertsInput) -> tuple[Tensor, Tensor | None]:
 
 def _affine_terms(given: ExpertsInput) -> AffineTerms:
     alpha_T, beta_TC = _coefficients(given)
-    # The affine terms carry a NaN token: NaN * x is NaN in every column, whatever was chosen.
+    # A NaN anywhere in a token's x makes its alpha NaN, so that alpha * x is NaN in every column, whatever was chosen.
     alpha_T = alpha_T.masked_fill(given.x_TH.detach().amax(-1).isnan(), float("nan"))
     return AffineTerms(alpha_T, beta_TC, given.params.constant_value)
 
@@ -146,7 +148,7 @@ def _experts_by_torch(given: ExpertsInput) -> Tensor:
 
 
 def _infer_by_triton(given: ExpertsInput) -> Tensor:
-    """NaN tokens are found by the kernels that read x anyway."""
+    """Compute the experts by Triton's kernels, which find NaN tokens themselves while they read x."""
     T, K = given.ids_TK.shape
     block_m = triton_experts.rows_per_tile(T, K, given.num_slots or given.num_experts)
     codes = kernel_kinds(given.kinds)
@@ -160,7 +162,7 @@ def _infer_by_triton(given: ExpertsInput) -> Tensor:
         scale_S=given.params.scale,
         constant_logits_TC2=None if codes is None else given.constant_logits_TC2,
     )
-    if codes is None:  # a kind that the kernel has no code for
+    if codes is None:  # one of the kinds is not in affine.CODES
         terms = _affine_terms(given)
     else:
         value_CH = given.params.constant_value
@@ -171,7 +173,7 @@ def _infer_by_triton(given: ExpertsInput) -> Tensor:
 
 
 def _train_by_triton(given: ExpertsInput) -> Tensor:
-    """NaN tokens are found by the kernels here too."""
+    """Compute the experts by Triton's differentiable operator, whose kernels find NaN tokens too."""
     T, K = given.ids_TK.shape
     block_m = triton_experts.training_rows_per_tile(T, K, given.num_slots or given.num_experts)
     *plan, _, _ = triton_experts.plan_tiles(
@@ -194,11 +196,14 @@ def _train_by_triton(given: ExpertsInput) -> Tensor:
 class Backend:
     """One way to compute a layer, from hidden states to the weighted sums of its experts.
 
-    name: what `backend=` takes. about: one line for people. devices: device types it runs on, None for all.
-    dtypes: of x and weights. router_logits: float32 logits [T, R] of x and the router's weight. select: weights and ids
-    of float32 logits by rules and a bias. infer: the experts where no gradient is wanted. train: the experts where one
-    is, or None if it can't. most_experts: E, or None for any. missing: the package that it needs and that is not
-    installed. lacks: what a device lacks for it, "" for nothing. adds_main_grads: it fills `main_grad` of weights.
+    name: what `backend=` takes, the key in BACKENDS. about: a line for `zemoe doctor`.
+    devices: the device types that it runs on, None for all. dtypes: those of x, w13 and w2 that it takes.
+    router_logits: from x [T, H] and the router's weight [R, H] to float32 logits [T, R].
+    select: from float32 logits [T, A], rules and a float32 bias to weights [T, K] and ids [T, K].
+    infer: from an ExpertsInput to weighted sums [T, H], where no gradient is wanted.
+    train: the same where gradients are wanted; None for a backend without a backward pass.
+    most_experts: the largest E that it takes, None for any. missing: a package that it needs and that is not installed.
+    lacks: returns what a device lacks for it, "" for nothing. adds_main_grads: it adds gradients to `main_grad`.
     """
 
     name: str
@@ -262,7 +267,7 @@ def check_backend(name: str | None) -> None:
 def _unmet(
     backend: Backend, device: torch.device, dtype: torch.dtype | None, gradients: bool, num_experts: int
 ) -> str | None:
-    """What the backend needs and does not have there, or None."""
+    """Return what the backend needs and does not have there, or None if it can work."""
     if backend.devices is not None and device.type not in backend.devices:
         return f"a device of {backend.devices}, got {device.type!r}"
     if dtype is not None and dtype not in backend.dtypes:
@@ -286,10 +291,12 @@ def resolve_backend(
     gradients: bool = False,
     num_experts: int = 0,
 ) -> Backend:
-    """The backend called `name`, or the first of BACKENDS that can work on `device` in `dtype`.
+    """Return the backend called `name`, or the first of BACKENDS that can work on `device` in `dtype`.
 
     Args:
-        dtype: of the experts, or None where only routing is asked for. gradients: it has to be differentiable.
+        dtype: of the experts, or None if only routing is asked for.
+        name: a name in BACKENDS, or None.
+        gradients: whether the backend has to have a backward pass.
         num_experts: E.
 
     Raises:
@@ -307,12 +314,13 @@ def resolve_backend(
 
 
 def backend_of(hidden_states: Tensor, num_experts: int, asked: str | Backend | None = None) -> Backend:
-    """The backend of a layer with `num_experts` FFN experts for this input: the one asked for, or the first that can.
+    """Return the backend of a layer with E = `num_experts` for this input: `asked`, or the first that can compute it.
 
-    It has to compute in autocast's dtype where autocast is on, and to have a backward unless gradients are off.
+    It can if it takes the dtype of hidden_states [..., H] (autocast's, under autocast), and, while gradients are
+    enabled, has a backward pass. A Backend is returned as it is.
 
     Raises:
-        ValueError: as `resolve_backend`, and for hidden states that are no float [..., H].
+        ValueError: as `resolve_backend`, and for hidden states that are no float [..., H] tensor.
     """
     if isinstance(asked, Backend):
         return asked
@@ -327,12 +335,16 @@ def backend_of(hidden_states: Tensor, num_experts: int, asked: str | Backend | N
 
 
 def routing_backend(tensor: Tensor, asked: str | Backend | None = None) -> Backend:
-    """The backend that routes where there is no layer around: the one asked for, or the first for this device."""
+    """Return the backend that routes outside of a layer: `asked`, or the first that works on the tensor's device.
+
+    Raises:
+        ValueError: as `resolve_backend`.
+    """
     return asked if isinstance(asked, Backend) else resolve_backend(tensor.device, None, asked)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast makes of a float tensor of this device, but for float64; None where it is off."""
+    """Return the dtype that autocast casts float tensors of this device to (never float64 ones); None if it is off."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -1,8 +1,8 @@
 """MoEConfig: the numbers that define a layer, checked once.
 
 E FFN experts, Z zero-computation experts, A = E + Z slots, K choices per token.
-This room knows no torch. Names (a kind, a score, an activation) are checked by the room that owns them;
-counts, ranges and their relations are checked here.
+This file does not import torch. Counts, ranges and their relations are checked here; the names of kinds, scores and
+activations are checked by affine.py, scores.py and experts.py.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class RoutingRules:
 
     Attributes:
         num_experts: E. top_k: K.
-        zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs; () where nobody asks for kinds.
+        zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs; () if kinds play no part.
         scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
         renormalize: "none", "all", "real" or "nonnull".
         routed_scaling_factor: multiplies every weight, zero-computation experts' too.

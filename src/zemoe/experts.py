@@ -18,11 +18,12 @@ from .kernels.activations import ACTIVATIONS
 from .ops import library
 from .routing import Routing
 
-_MAIN_GRADS = (torch.float32, torch.bfloat16, torch.float16)  # more than float32 sums have is nothing to add to
+# Dtypes of a weight's `main_grad`. Not float64: the sums that are added to it are float32.
+_MAIN_GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def moe_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation called `name`; ValueError for an unknown one."""
+    """Return the activation called `name`; raise ValueError for an unknown one."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name].forward
@@ -57,13 +58,13 @@ def _check_tensors(
 
 
 def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Their attributes `main_grad`, where they have any; ValueError for one that a gradient can't be added to."""
+    """Return the attribute `main_grad` of each, or None; raise ValueError for one that no gradient can be added to."""
     found = []
     for name, weight in (("w13", w13), ("w2", w2)):
         main = getattr(weight, "main_grad", None)
         if main is not None and not (
             isinstance(main, Tensor)
-            and main.dtype in _MAIN_GRADS
+            and main.dtype in _MAIN_GRAD_DTYPES
             and main.shape == weight.shape
             and main.device == weight.device
             and main.is_contiguous()
@@ -72,16 +73,16 @@ def _main_grads(w13: Tensor, w2: Tensor) -> tuple[Tensor | None, Tensor | None]:
             got = f"{main.dtype} {tuple(main.shape)} on {main.device}" if isinstance(main, Tensor) else repr(main)
             raise ValueError(
                 f"{name}.main_grad must be a contiguous tensor of shape {tuple(weight.shape)} on {weight.device}, of a "
-                f"dtype of {_MAIN_GRADS}, without requires_grad, got {got}"
+                f"dtype of {_MAIN_GRAD_DTYPES}, without requires_grad, got {got}"
             )
         found.append(main)
     return found[0], found[1]
 
 
 def _check_main_grads(backend: Backend, *, kept: bool, leaves: bool) -> None:
-    """ValueError unless the backend adds gradients to main_grad.
+    """Raise ValueError unless the backend adds gradients to main_grad, and may do so here.
 
-    kept: w13 and w2 are used as they were given. leaves: those with a main_grad are no results of other tensors.
+    kept: w13 and w2 are used as they were given, not cast. leaves: those with a main_grad are leaves of the graph.
     """
     what = "w13.main_grad and w2.main_grad are filled by the backend 'triton' alone"
     if not backend.adds_main_grads:
@@ -97,7 +98,7 @@ def _check_main_grads(backend: Backend, *, kept: bool, leaves: bool) -> None:
 def _kinds_and_slots(
     kinds: str | Sequence[tuple[str, int]], num_experts: int, params: AffineParams
 ) -> tuple[ZeroExpertKinds, int | None]:
-    """Canonical kinds, checked, and the number of slots where the kinds say it."""
+    """Return canonical kinds, checked, and the number of slots A; None for A where a kind has no limit."""
     if isinstance(kinds, str):
         expanded, num_slots = kinds_of_all_ids(kinds, num_experts, params)
     else:
@@ -108,7 +109,7 @@ def _kinds_and_slots(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as it would do for a matmul."""
+    """Return the tensors, under autocast cast to its dtype as a matmul's arguments are; float64 stays."""
     dtype = autocast_dtype(tensors[0].device)
     if dtype is None:
         return tensors
@@ -116,16 +117,16 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def unflatten(y_TH: Tensor, shape: torch.Size) -> Tensor:
-    """The rows of a layer as `shape` [..., H], without a copy and yet no view.
+    """Return the rows of a layer as `shape` [..., H], in the same memory and yet not as a view.
 
-    Callers add to a layer's output in place. If it were a view, what FSDP hangs on it would be lost then, and with it
-    the reduction of the gradients.
+    Callers add to a layer's output in place. Were it a view, adding would remove the hook that FSDP has registered on
+    it, and gradients would not be reduced.
     """
     return y_TH if len(shape) == 2 else reshape_without_view(y_TH, shape)
 
 
 def _constant_logits(params: AffineParams, x_TH: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """W_j x of the constant experts, [T, C, 2] in `dtype`."""
+    """Return W_j x of the constant experts, [T, C, 2] in `dtype`, or None for a layer without them."""
     if params.constant_router is None:
         return None
     with library.without_autocast(x_TH.device):
@@ -134,7 +135,7 @@ def _constant_logits(params: AffineParams, x_TH: Tensor, dtype: torch.dtype) -> 
 
 
 def _compute(given: ExpertsInput, backend: Backend) -> Tensor:
-    """[T, H] from tensors as a caller has them: they are checked here, and cast where autocast is on."""
+    """Return [T, H] from tensors as a caller gave them: they are checked here, and cast under autocast."""
     main_grads = _main_grads(given.w13, given.w2)
     x_TH, w13, w2 = _autocast(given.x_TH, given.w13, given.w2)
     check_params(given.kinds, given.params, x_TH.shape[1])
@@ -168,7 +169,10 @@ def weighted_experts(
     constant_logits: Tensor | None = None,
     backend: str | Backend | None = None,
 ) -> Tensor:
-    """[T, H]: the weighted sum of the experts that `routing` chose, by the numbers of `config`; see `fused_experts`."""
+    """Return what `fused_experts` does, [T, H], with the sizes, kinds and activation of `config`.
+
+    The other arguments are those of `fused_experts`: x_TH are its hidden_states, `routing` has its weights and ids.
+    """
     given = ExpertsInput(
         x_TH,
         routing.topk_weights_TK,
@@ -199,16 +203,17 @@ def fused_experts(
     backend: str | Backend | None = None,
     constant_logits: Tensor | None = None,
 ) -> Tensor:
-    """y_t = sum_k weight_tk * expert_{id_tk}(x_t), FFN and zero-computation experts together.
+    """Compute y_t = sum_k weight_tk * expert_{id_tk}(x_t), over FFN and zero-computation experts together.
 
-    What it computes: docs/specification.md, "FFN experts", "Zero-computation experts" and what follows them there.
+    The rules are in docs/specification.md, "FFN experts", "Zero-computation experts" and "Ids and skipped choices".
 
     Args:
         hidden_states: [..., H], float32, bfloat16, float16 or float64.
-        w13: [E, 2I, H], gate rows first, of the same dtype. w2: [E, H, I], likewise. With an attribute `main_grad`, a
-            float32 or 16-bit tensor of its shape, a parameter's gradient is added to that, in float32 sums rounded once
-            to its dtype, and `.grad` stays as it is (backend "triton", not compiled): by every backward that passes,
-            one of torch.autograd.grad with respect to other tensors included. Hooks of the parameter see None.
+        w13: [E, 2I, H], gate rows first, of the dtype of hidden_states. w2: [E, H, I], likewise. The gradient of one
+            that has an attribute `main_grad`, a float32 or 16-bit tensor of its shape, is added to that: in float32
+            sums, rounded once to its dtype. `.grad` stays as it is, and hooks of the parameter see None. Every backward
+            pass through here adds, also torch.autograd.grad with respect to other tensors. Only the backend "triton"
+            does this, and not in compiled code.
         topk_weights: [T, K] float, computed in float32 (float64 with float64 hidden states); T is the product of
             the leading sizes.
         topk_ids: [T, K] int32 or int64. Ids 0..E-1 are FFN experts, from E on zero-computation experts, -1 is skipped.

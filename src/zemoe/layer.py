@@ -22,8 +22,8 @@ class SharedExperts(nn.Module):
     """A gated FFN that every token passes, optionally weighed by sigmoid(w_g x) (Qwen2-MoE).
 
     Args:
-        hidden_size: H. intermediate_size: its width. activation: as in MoEConfig. gated: add the sigmoid gate.
-        dtype: of the weights.
+        hidden_size: H. intermediate_size: the width of this FFN. activation: as in MoEConfig. gated: add the sigmoid
+            gate. dtype: of the weights.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SharedExperts(nn.Module):
         self.gate = nn.Linear(hidden_size, 1, bias=False, dtype=dtype) if gated else None
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
+        """Return what the shared experts add, [T, H], for x [T, H]."""
         gate, up = self.gate_up_proj(x_TH).chunk(2, dim=-1)
         y_TH = self.down_proj(self.activation(gate) * up)
         return y_TH if self.gate is None else torch.sigmoid(self.gate(x_TH)) * y_TH
@@ -67,7 +67,7 @@ class MoE(StaysFloat32):
         ValueError: for an unknown kind, score or activation, and what MoEConfig refuses.
     """
 
-    stays_float32 = ("constant_router", "constant_value", "scale")  # and what the router says of itself
+    stays_float32 = ("constant_router", "constant_value", "scale")  # the Router keeps its own tensors float32
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class MoE(StaysFloat32):
     def forward(
         self, hidden_states: Tensor, prev_logits: Tensor | None = None, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Routing]:
-        """hidden_states [..., H] to [..., H]; with return_routing also the Routing over the T flattened tokens.
+        """Return [..., H] for hidden_states [..., H]; with return_routing also the Routing of the T flattened tokens.
 
         Args:
             prev_logits: [T, A] logits of the layer before (`routing.logits_TA`), for a gating residual.
@@ -190,7 +190,7 @@ class MoE(StaysFloat32):
                 f"hidden_states must have shape [..., H={config.hidden_size}], got {tuple(hidden_states.shape)}"
             )
         x_TH = hidden_states.reshape(-1, config.hidden_size)
-        # The constant experts' own small router rides along in the classifier's product.
+        # The rows of constant_router are multiplied in the same product as the classifier's.
         rows = None if self.constant_router is None else self.constant_router.flatten(0, 1)
         backend = backend_of(hidden_states, config.num_experts, self.backend)
         logits_TA, constant = self.router.project(x_TH, prev_logits, rows, backend)

@@ -17,7 +17,7 @@ from .ops.experts import plan
 class RoutingPlan(NamedTuple):
     """The (token, FFN expert) pairs sorted by expert, in order of tokens within an expert.
 
-    row_token_N: the token of each row; rows from expert_offsets[E] on belong to nobody and name token 0.
+    row_token_N: the token of each row; rows from expert_offsets[E] on are padding rows and name token 0.
     slot_row_MK: the row of each choice, -1 for a choice that has none (a zero-computation expert, or -1).
     expert_offsets: [E + 1]; expert e owns rows expert_offsets[e] up to expert_offsets[e + 1].
     """
@@ -28,7 +28,7 @@ class RoutingPlan(NamedTuple):
 
 
 def make_plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int | None = None) -> RoutingPlan:
-    """Plan the rows of `num_experts` FFN experts.
+    """Return the plan of the rows of `num_experts` FFN experts.
 
     Args:
         topk_ids_MK: [M, K] int32 or int64. -1 is skipped, ids >= num_experts (zero-computation experts) get no row.

@@ -74,7 +74,13 @@ def _check_rules(rules: RoutingRules, logits_TA: Tensor, has_bias: bool) -> None
 def select(
     logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None = None, backend: str | Backend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`select_experts` by rules as one object, canonical as in MoEConfig; bias: [A] or [E]."""
+    """Return what `select_experts` does, (weights [T, K], ids [T, K]), for logits [T, A] and rules as one object.
+
+    rules: RoutingRules with canonical kinds and mode, as in MoEConfig. bias: the selection bias, [A] or [E].
+
+    Raises:
+        ValueError: as `select_experts`.
+    """
     _check_rules(rules, logits_TA, bias is not None)
     if bias is not None:
         _check_bias(bias, rules.num_experts, logits_TA.shape[1])
@@ -133,16 +139,18 @@ def select_experts(
 
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor, backend: str | Backend | None = None) -> Tensor:
-    """x [T, H] of any float dtype times the transposed router weight [R, H], in float32, also under autocast.
+    """Return float32 logits [T, R]: x [T, H] of any float dtype times the transposed router weight [R, H].
 
-    A `backward()` inside of autocast, which torch advises against, rounds this product's gradients to autocast's dtype
-    on devices without our kernel, as it does those of every torch product that was made outside of autocast.
+    Autocast does not change the dtype of the product. A `backward()` that is called inside of autocast, which torch
+    advises against, rounds the gradients to autocast's dtype where torch computes the product, not a kernel of ours.
     """
     return routing_backend(x_TH, backend).router_logits(x_TH, weight_RH)
 
 
 def normalize_logits(logits_TA: Tensor, scale: float) -> Tensor:
-    """scale * (logits - mean) / sqrt(variance + 1e-6), both over a token's slots (Skywork-MoE, arXiv 2406.06563).
+    """Return [T, A]: scale * (logits - mean) / sqrt(variance + 1e-6), mean and variance being a token's.
+
+    The formula is Skywork-MoE's (arXiv 2406.06563).
 
     A slot whose logit is -inf stays masked and is left out of mean and variance.
     """
@@ -159,7 +167,7 @@ class RoutingModule(nn.Module):
 
 
 class Selector(RoutingModule):
-    """`select` as a stateless module: it exists to be observed."""
+    """`select` as a module without parameters, so that `observe` finds the Routing of layers without a Router."""
 
     def forward(
         self,
@@ -226,7 +234,13 @@ class Router(StaysFloat32):
         extra_RH: Tensor | None = None,
         backend: str | Backend | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [T, A], and the products of x with R extra rows [T, R] that ride along in the same GEMM."""
+        """Return logits [T, A], and the products [T, R] of x [T, H] with extra rows [R, H].
+
+        Both come from one matrix product. prev_logits: [T, A] of the layer before, with a gating residual only.
+
+        Raises:
+            ValueError: for prev_logits without a gating residual, or of another shape.
+        """
         if prev_logits is not None and self.residual is None:
             raise ValueError("prev_logits was given, but this router has no gating residual (gating_residual=True)")
         weight, bias = self.classifier.weight.float(), self.classifier.bias
@@ -253,11 +267,11 @@ class Router(StaysFloat32):
         return logits, extra
 
     def select(self, logits_TA: Tensor, backend: str | Backend | None = None) -> Routing:
-        """The Routing of given logits [T, A], by this router's rules."""
+        """Return the Routing of given logits [T, A], by this router's rules and its selection bias."""
         return self.selector(logits_TA, self.config, self.e_score_correction_bias, backend)
 
     def forward(self, x_TH: Tensor, prev_logits: Tensor | None = None, backend: str | Backend | None = None) -> Routing:
-        """The Routing of x [T, H].
+        """Return the Routing of x [T, H].
 
         Args:
             prev_logits: [T, A] of the layer before, with a gating residual only.
@@ -299,9 +313,10 @@ class Observed(Mapping[tuple[str, int], Routing]):
         self._routings[layer, micro_batch] = routing
 
     def _repeated(self, layer: str, routing: Routing, latest: int) -> int:
-        """The micro-batch that an activation checkpoint computes again: the same ids and, to the bit, the same logits.
+        """Return the micro-batch that an activation checkpoint computes again.
 
-        Where kernels don't repeat their bits, the latest one with the same ids.
+        If there are several, it is the latest one with the same ids and bitwise equal logits; if no logits are equal
+        (some kernels give other bits each time), the latest with the same ids; if there is none either, `latest`.
         """
         ids, logits = routing.topk_ids_TK, routing.logits_TA
         known = [(batch, seen) for (name, batch), seen in self._routings.items() if name == layer]

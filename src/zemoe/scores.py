@@ -18,10 +18,12 @@ def _softmax(logits_TA: Tensor) -> Tensor:
 
 
 def _elementwise(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a score of single logits one of whole tokens, in which a token with a NaN has NaN scores only."""
+
     def scores(logits_TA: Tensor) -> Tensor:
-        # The largest logit is finite unless one is NaN or +inf, or all are -inf: then the token is lost as a whole.
-        lost_T1 = ~logits_TA.detach().amax(-1, keepdim=True).isfinite()
-        return score(logits_TA).masked_fill(lost_T1, float("nan"))
+        # The largest logit is finite unless one is NaN or +inf, or all are -inf: then all scores of the token are NaN.
+        broken_T1 = ~logits_TA.detach().amax(-1, keepdim=True).isfinite()
+        return score(logits_TA).masked_fill(broken_T1, float("nan"))
 
     return scores
 
@@ -56,7 +58,10 @@ def check_scoring(scoring_func: str) -> None:
 def renormalized(
     weights_TK: Tensor, ids_TK: Tensor, mode: str, num_experts: int, null_ranges: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """The weights of chosen slots as `mode` has them; null_ranges: (first, stop) of the slots of kind zero."""
+    """Return the weights [T, K] of chosen slots: those that `mode` leaves out set to 0, then all divided by their sum.
+
+    weights_TK: their scores. mode: one of config.RENORMALIZE_MODES. null_ranges: (first, stop) of slots of kind zero.
+    """
     if mode == "none":
         return weights_TK
     # Dropped by multiplication, not by filling, so that a NaN stays.
@@ -78,6 +83,6 @@ def weights_of(
     scaling: float,
     null_ranges: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """[T, K]: the weights of chosen slots, of float32 logits, differentiable any number of times."""
+    """Return the weights [T, K] of the chosen slots ids_TK, from float32 logits; differentiable any number of times."""
     scores_TK = SCORES[scoring](logits_TA).gather(1, ids_TK)
     return scaling * renormalized(scores_TK, ids_TK, mode, num_experts, null_ranges)

@@ -46,7 +46,7 @@ def _plan_fake(topk_ids: Tensor, num_experts: int, num_slots: int) -> tuple[Tens
 
 
 def plan(topk_ids_MK: Tensor, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three int64 tensors of zemoe.plan.RoutingPlan; num_slots -1 means ids have no upper bound."""
+    """Return the three int64 tensors of zemoe.plan.RoutingPlan; num_slots -1 means that ids have no upper bound."""
     return torch.ops.zemoe.plan(topk_ids_MK, num_experts, num_slots)
 
 
@@ -123,10 +123,10 @@ def moe_ffn(
     terms: AffineTerms,
     activation: str,
 ) -> Tensor:
-    """y_t = sum_k w_tk * down(act(gate(x_t)) * up(x_t)) + alpha_t x_t + beta_t @ V, over the choices that have a row.
+    """Compute y_t = sum_k w_tk * down(act(gate(x_t)) * up(x_t)) + alpha_t x_t + beta_t @ V, [T, H] in x's dtype.
 
-    x [T, H], w13 [E, 2I, H] and w2 [E, H, I] of one dtype; weights, alpha and beta float32 (float64 with float64 x);
-    value [C, H]. Returns [T, H] in x's dtype. Differentiable in all float arguments.
+    The sum is over the choices that have a row in the plan. x [T, H], w13 [E, 2I, H] and w2 [E, H, I] have one dtype;
+    weights, alpha and beta are float32 (float64 with float64 x); V = value [C, H]. Differentiable in all of them.
     """
     trained = (x_TH, weights_TK, w13, w2)
     save_preact = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
@@ -158,7 +158,10 @@ def moe_ffn_from_ids(
     num_slots: int,
     activation: str,
 ) -> Tensor:
-    """`moe_ffn` of `plan`: the same arguments, and ids [T, K] with their bound as in `plan`. Not differentiable."""
+    """Return what `moe_ffn` does for the plan of these ids, [T, H], in one operator and without gradients.
+
+    topk_ids_TK and num_slots are the arguments of `plan`, the others those of `moe_ffn`.
+    """
     return torch.ops.zemoe.moe_ffn_from_ids(x_TH, weights_TK, topk_ids_TK, w13, w2, *terms, num_slots, activation)
 
 
@@ -181,9 +184,9 @@ def _moe_ffn_few_fake(x, weights, topk_ids, w13, w2, identities, num_slots) -> T
 def moe_ffn_few(
     x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
 ) -> Tensor:
-    """[T, H]: all of a layer after routing whose zero-computation experts are identities, where `takes_few` says so.
+    """Return the output [T, H] of a layer whose zero-computation experts are identities, where `takes_few` says so.
 
-    float32 or bfloat16; num_slots -1 means ids have no upper bound. No gradients.
+    x, w13 and w2 are float32 or bfloat16. identities: Z. num_slots: A, -1 if ids have no upper bound. No gradients.
     """
     return torch.ops.zemoe.moe_ffn_few(x_TH, weights_TK, topk_ids_TK, w13, w2, identities, num_slots)
 
@@ -273,6 +276,6 @@ def moe_ffn_grouped(
     terms: AffineTerms,
     activation: str,
 ) -> Tensor:
-    """`moe_ffn` of any device, by the operators above: the same arguments. Differentiable twice."""
+    """Return what `moe_ffn` does, by the operators above: on any device, and differentiable twice."""
     with without_autocast(x_TH.device):
         return grouped.moe_ffn(x_TH, weights_TK, *plan, w13, w2, *terms, activation)

@@ -1,6 +1,7 @@
-"""What every operator of the library is defined and registered with.
+"""How operators are defined and registered, and what several of them share.
 
-Operators are `torch.ops.zemoe.*`, with shapes for tracing and hand-written gradients; each has its file in this folder.
+Operators are `torch.ops.zemoe.*`, with shapes for tracing and hand-written gradients; the other files of this folder
+define them, by subject.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """The context in which a float32 product stays one; the meta device knows no autocast."""
+    """Return a context without autocast, so that a float32 product stays float32; the meta device has no autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()  # torch.autocast takes as long to enter as a few operators
     return torch.autocast(device.type, enabled=False)
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
+    """Raise RuntimeError for a tensor inside of torch.func.grad, vjp or jvp, or of forward-mode differentiation.
 
-    Our operators would drop a tangent silently. torch.vmap is for the operators themselves to refuse.
+    Our operators would drop a tangent silently. Operators refuse torch.vmap by themselves, see `define`.
     """
     if inside_forward_mode() and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
@@ -50,19 +51,19 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 
 def _no_vmap(*args: object) -> NoReturn:
-    """Under vmap a tensor doesn't say that its gradient is wanted, and a layer computes otherwise where it isn't."""
+    """Raise: under vmap `requires_grad` is False even if a gradient is wanted, and a layer would drop the gradient."""
     raise RuntimeError("zemoe's layers do not run under torch.vmap; give them the whole batch, of any leading sizes")
 
 
 def define(schema: str, *, vmap: bool = True) -> None:
-    """Define an operator; without `vmap` it raises under torch.vmap, where others run once for each of the batch."""
+    """Define an operator. Under torch.vmap it runs once for each entry of the batch, or raises if `vmap` is False."""
     _LIBRARY.define(schema, tags=_TAGS)
     if not vmap:
         torch.library.impl("zemoe::" + schema.partition("(")[0], "FuncTorchBatched", _no_vmap)
 
 
 def implement(name: str, key: str, kernel: Callable) -> None:
-    """Register `kernel` as what computes zemoe::name on a device, in the dtypes that it says also under autocast."""
+    """Register `kernel` to compute zemoe::name for a dispatch key of torch, such as "CPU"; autocast is off in it."""
 
     def in_its_dtypes(first: Tensor, *args: object) -> object:
         with without_autocast(first.device):
@@ -72,7 +73,7 @@ def implement(name: str, key: str, kernel: Callable) -> None:
 
 
 def rows_like(tensor: Tensor) -> Tensor:
-    """A result of this shape and dtype; contiguous, whatever the strides of the argument."""
+    """Return an empty tensor of this shape and dtype; contiguous, whatever the strides of the argument."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
@@ -80,8 +81,10 @@ def rows_like(tensor: Tensor) -> Tensor:
 
 
 def lacks_for_triton(device: torch.device) -> str:
-    """What a CUDA device lacks to run these operators. Asked only where CUDA is in use, and not while code is traced:
-    there an operator refuses when it runs."""
+    """Return what a CUDA device lacks to run these operators, "" for nothing.
+
+    "" also before CUDA is initialised and while code is traced: then an operator raises when it runs.
+    """
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return ""  # asking would initialise CUDA, and a process that did may not fork
     return why_not(device)
@@ -115,22 +118,24 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 
 
 def no_second_derivative(ctx, *grads: Tensor) -> NoReturn:
-    """What the backward of a backward does."""
+    """Raise RuntimeError, as the backward of a backward that has none."""
     raise RuntimeError("the triton backend has no second derivative, its backward is written out; use backend='torch'")
 
 
 def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy, with stride 1 along its rows, which don't overlap, so that a descriptor can read it.
+    """Return the matrix, or a copy, with stride 1 along its rows and rows that don't overlap, as descriptors need it.
 
-    Not by contiguous(), which lets a row of one element have any stride.
+    contiguous() would not do: it lets a row of one element have any stride.
     """
     apart = len(matrix) < 2 or matrix.stride(0) >= matrix.shape[1]
     return matrix if matrix.stride(1) == 1 and apart else matrix.clone(memory_format=torch.contiguous_format)
 
 
-def pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(flat[::2], flat[1::2], strict=True))
+def pairs(numbers: list[int]) -> tuple[tuple[int, int], ...]:
+    """Return what `flat` was given: an operator's argument can be a list of numbers, not of pairs."""
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [number for pair in pairs for number in pair]
+def flat(of_pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the numbers of pairs one after the other."""
+    return [number for pair in of_pairs for number in pair]

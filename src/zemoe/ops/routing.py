@@ -1,4 +1,4 @@
-"""The operators of routing for any device: the choice of experts, and scores to weights of few tokens on a CPU.
+"""The operators of routing: `topk_ids` for any device, and `select_few` for few tokens on a CPU.
 
 T tokens, A slots, k choices.
 """
@@ -25,7 +25,7 @@ def _topk_ids_fake(choice: Tensor, logits: Tensor | None, k: int) -> Tensor:
 
 
 def topk_ids(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
-    """[T, k] int64 ids of the k largest float32 values of each row, largest first, equal values by lower id first.
+    """Return int64 ids [T, k] of the k largest float32 values of each row, largest first, of equal ones the lower id.
 
     A slot whose logit is -inf counts as -inf, whatever its value; with logits_TA None every slot counts as it is.
     A row with a NaN yields ids in range, in no particular order.
@@ -48,7 +48,10 @@ def _select_few_fake(logits, bias, k, dropped, renormalize, scaling) -> tuple[Te
 
 
 def selects_few(logits_TA: Tensor) -> bool:
-    """Whether `select_few` is the better way. Not for a compiler, which would compile once a number of tokens."""
+    """Return whether `select_few` can and should be used for these logits.
+
+    Never in compiled code: as the answer depends on T, torch.compile would compile anew for each number of tokens.
+    """
     if torch.compiler.is_compiling() or inside_forward_mode():
         return False
     return topk.suits_select_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
@@ -57,9 +60,9 @@ def selects_few(logits_TA: Tensor) -> bool:
 def select_few(
     logits_TA: Tensor, bias: Tensor | None, k: int, dropped: int, renormalize: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(weights [T, k] float32, ids [T, k] int64) of float32 logits [T, A]: softmax, and the best k by score + bias.
+    """Return (weights [T, k] float32, ids [T, k] int64) of float32 logits [T, A]: softmax, the best k by score + bias.
 
-    bias: float32, up to A long (0 for the rest). renormalize: divide by the sum of a token's weights, where slots from
-    `dropped` on weigh 0; scaling multiplies them. No gradients.
+    bias: float32, at most A long, 0 for the slots beyond it. renormalize: divide weights by their sum; those of slots
+    from `dropped` on are set to 0 first. scaling: multiplies the weights last. No gradients.
     """
     return torch.ops.zemoe.select_few(logits_TA, bias, k, dropped, renormalize, scaling)

@@ -89,11 +89,11 @@ def plan_tiles(
     scale_S: Tensor | None,
     constant_logits_TC2: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC): see zemoe.plan and zemoe.affine.
+    """Return (row_token_N, slot_row_TK, expert_offsets, tiles, alpha_T, beta_TC): see zemoe.plan and zemoe.affine.
 
     block_m: what rows_per_tile returns. kinds: (code of zemoe.affine.CODES, count) in id order. tiles: [L, P + 1, 2],
-    one list for both products or one each: the number of tiles, then expert and first row of each. Integers are int32;
-    beta is [T, 0] without constant experts.
+    one list for both products (L = 1) or one for each (L = 2). A list's first entry holds the number of tiles, each
+    other entry a tile's expert and first row. Integers are int32. beta is [T, 0] without constant experts.
     """
     return torch.ops.zemoe.plan_tiles(
         weights_TK, topk_ids_TK, num_experts, num_slots, block_m, flat(kinds), scale_S, constant_logits_TC2
@@ -138,9 +138,9 @@ def moe_ffn_tiles(
     terms: AffineTerms,
     activation: str,
 ) -> Tensor:
-    """zemoe.ops.experts.moe_ffn for bfloat16 and float16, without gradients.
+    """Return what zemoe.ops.experts.moe_ffn does, [T, H], for bfloat16 and float16, without gradients.
 
-    plan: the first four of what `plan_tiles` made with the same block_m.
+    plan: the first four tensors that `plan_tiles` returned for the same block_m.
     """
     return torch.ops.zemoe.moe_ffn_tiles(x_TH, weights_TK, *plan, block_m, w13, w2, *terms, activation)
 
@@ -238,17 +238,17 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _autograd(ctx, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:  # nothing comes from there, and nobody makes zeros of it
+    if grad is None:  # the loss does not depend on the output
         return (None,) * 16
     *tensors, preact = ctx.saved_tensors
     tensors.insert(6, ctx.block_m)
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 7, 8, 9, 10, 11)]
-    # The gradient takes the place of what was saved, as long as nobody comes back for it: with retain_graph somebody
-    # may, or for a second derivative, which only the operator that writes nothing refuses; and a graph that is being
-    # traced (of anything but plain tensors) knows by itself when memory is free.
+    # The gradient of preact is written over preact, unless preact may be read again. It may with retain_graph, and
+    # where gradients are enabled: then a second derivative may follow, which only the operator that overwrites nothing
+    # refuses. A traced graph (preact is no plain tensor) reuses memory by itself.
     kept = backward_keeps_graph() or torch.is_grad_enabled() or type(preact) is not Tensor
     adds = any(main is not None for main in ctx.main_grads)
-    if torch.is_grad_enabled() and adds:  # that operator can't refuse it later
+    if torch.is_grad_enabled() and adds:  # the operator that adds can't refuse a second derivative later
         no_second_derivative(ctx)
     if kept and not adds:
         found = torch.ops.zemoe.moe_ffn_tiles_backward(grad, *tensors, preact, ctx.activation, wanted)
@@ -281,11 +281,11 @@ def moe_ffn_tiles_train(
     activation: str,
     main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """moe_ffn_tiles, differentiable in all float arguments; block_m: what training_rows_per_tile returns.
+    """Return what `moe_ffn_tiles` does, differentiable in all float arguments.
 
-    Beside its arguments it keeps what gate and up yield, [T * K, 2I] in the dtype of x, and only where the gradient of
-    x, weights, w13 or w2 is wanted. main_grads: what the gradients of w13 and w2 are added to by the backward, which
-    then returns none for them.
+    Beside its arguments it saves the pre-activations, [T * K, 2I] in the dtype of x, if the gradient of x, weights, w13
+    or w2 is wanted. block_m: what training_rows_per_tile returns. main_grads: for w13 and for w2, the tensor that the
+    backward adds the gradient to, returning none for it; or None.
     """
     save_preact = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, weights_TK, w13, w2))
     return torch.ops.zemoe.moe_ffn_tiles_train(

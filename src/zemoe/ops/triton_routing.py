@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_SLOTS, MOST_CHOICES = tiles.MOST_SLOTS, tiles.MOST_CHOICES
 DTYPES = (torch.bfloat16, torch.float16)  # of the hidden states
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # what it knows
+KERNEL_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # the names of zemoe.scores.SCORES that the kernels know
 
 # --- router_logits: float32 logits of bfloat16 or float16 hidden states ---
 
@@ -43,13 +43,13 @@ define("router_logits_backward(Tensor grad, Tensor x, Tensor weight, bool[2] nee
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Of bfloat16 matrices, in float32."""
+    """Return the product of two bfloat16 matrices in float32."""
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
 @implements("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """As in the forward, products of bfloat16 parts with float32 sums: tensor cores take no float32."""
+    """Compute both gradients from products of bfloat16 parts, as the forward does: tensor cores take no float32."""
     from ..kernels.triton.router_logits_backward import bfloat16_parts
 
     R = weight.shape[0]
@@ -95,14 +95,14 @@ torch.library.register_autograd("zemoe::router_logits", _router_logits_autograd,
 
 
 def takes_product(x_TH: Tensor, weight_RH: Tensor) -> bool:
-    """Whether `router_logits` can multiply these; it has no forward-mode derivative."""
+    """Return whether `router_logits` can multiply these; it has no forward-mode derivative."""
     return x_TH.dtype in DTYPES and weight_RH.dtype == torch.float32 and not inside_forward_mode()
 
 
 def router_logits(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
-    """[T, R] float32: x times the transposed float32 weight, as exact as in float32, on tensor cores.
+    """Return float32 [T, R]: x times the transposed float32 weight, on tensor cores, as exact as a float32 product.
 
-    Its gradients are as exact as float32 in dweight, and in dx to more bits than x has.
+    The weight's gradient is as exact as in float32; that of x is exact to more bits than x has.
     """
     return torch.ops.zemoe.router_logits(x_TH, weight_RH)
 
@@ -198,15 +198,15 @@ torch.library.register_autograd(
 
 
 def takes_choice(logits_TA: Tensor, rules: RoutingRules) -> bool:
-    """Whether `select_experts` can choose by these rules; it has no forward-mode derivative."""
-    fits = logits_TA.shape[1] <= MOST_SLOTS and rules.top_k <= MOST_CHOICES and rules.scoring_func in SCORES
+    """Return whether `select_experts` can choose by these rules; it has no forward-mode derivative."""
+    fits = logits_TA.shape[1] <= MOST_SLOTS and rules.top_k <= MOST_CHOICES and rules.scoring_func in KERNEL_SCORES
     return fits and not inside_forward_mode()
 
 
 def select_experts(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(weights [T, K] float32, ids [T, K] int64) of float32 logits; see zemoe.routing.select_experts, which checks.
+    """Return (weights [T, K] float32, ids [T, K] int64) of float32 logits; zemoe.routing.select_experts checks.
 
-    Weights are differentiable in the logits. bias: float32, of the first slots.
+    Weights are differentiable in the logits. bias: float32, at most A long, 0 for the slots beyond it.
     """
     return torch.ops.zemoe.select_experts(
         logits_TA,
