@@ -90,7 +90,7 @@ def lacks_for_triton(device: torch.device) -> str:
     return why_not(device)
 
 
-def implements(name: str) -> Callable[[Callable], Callable]:
+def implement_on_cuda(name: str) -> Callable[[Callable], Callable]:
     """Register what is decorated as the CUDA implementation of zemoe::name, run on the device of its first tensor.
 
     Triton launches on the current device, which need not be the one that holds the tensors, and it takes a pointer to

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._compat import backward_keeps_graph
 from ..kernels.triton import tiles as tile_sizes
-from .library import define, flat, implements, no_second_derivative, pairs, with_rows, without_autocast
+from .library import define, flat, implement_on_cuda, no_second_derivative, pairs, with_rows, without_autocast
 
 if TYPE_CHECKING:
     from ..affine import AffineTerms
@@ -37,7 +37,7 @@ define(
 )
 
 
-@implements("plan_tiles")
+@implement_on_cuda("plan_tiles")
 def _plan_tiles_cuda(
     weights, topk_ids, num_experts, num_slots, block_m, kinds, scale, constant_logits
 ) -> tuple[Tensor, ...]:
@@ -109,7 +109,7 @@ define(
 )
 
 
-@implements("moe_ffn_tiles")
+@implement_on_cuda("moe_ffn_tiles")
 def _moe_ffn_tiles_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, activation
 ) -> Tensor:
@@ -164,7 +164,7 @@ define(
 )
 
 
-@implements("moe_ffn_tiles_train")
+@implement_on_cuda("moe_ffn_tiles_train")
 def _moe_ffn_tiles_train_cuda(
     x, weights, row_token, slot_row, offsets, tiles, block_m, w13, w2, alpha, beta, value, main_w13, main_w2,
     activation, save_preact,
@@ -210,8 +210,8 @@ def _gradients(
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (*found, dbeta, dvalue))
 
 
-implements("moe_ffn_tiles_backward")(_gradients)
-implements("moe_ffn_tiles_backward_")(_gradients)
+implement_on_cuda("moe_ffn_tiles_backward")(_gradients)
+implement_on_cuda("moe_ffn_tiles_backward_")(_gradients)
 
 
 def _gradients_fake(

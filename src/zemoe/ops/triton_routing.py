@@ -13,7 +13,7 @@ from torch import Tensor
 from .._compat import inside_forward_mode
 from ..kernels.triton import tiles
 from ..scores import weights_of
-from .library import define, flat, implements, pairs, with_rows, without_autocast
+from .library import define, flat, implement_on_cuda, pairs, with_rows, without_autocast
 
 if TYPE_CHECKING:
     from ..config import RoutingRules
@@ -27,7 +27,7 @@ KERNEL_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")  # the names of zemoe.sco
 define("router_logits(Tensor x, Tensor weight) -> Tensor")
 
 
-@implements("router_logits")
+@implement_on_cuda("router_logits")
 def _router_logits_cuda(x: Tensor, weight: Tensor) -> Tensor:
     from ..kernels.triton.router_logits import router_logits
 
@@ -47,7 +47,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-@implements("router_logits_backward")
+@implement_on_cuda("router_logits_backward")
 def _router_logits_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """Compute both gradients from products of bfloat16 parts, as the forward does: tensor cores take no float32."""
     from ..kernels.triton.router_logits_backward import bfloat16_parts
@@ -116,7 +116,7 @@ define(
 )
 
 
-@implements("select_experts")
+@implement_on_cuda("select_experts")
 def _select_experts_cuda(
     logits, bias, k, num_experts, scoring, renormalize, scaling, num_expert_group, topk_group, null_ranges
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ define(
 )
 
 
-@implements("select_experts_backward")
+@implement_on_cuda("select_experts_backward")
 def _select_experts_backward_cuda(grad, logits, ids, num_experts, scoring, renormalize, scaling, null_ranges) -> Tensor:
     from ..kernels.triton.select_experts_backward import select_experts_backward
 
