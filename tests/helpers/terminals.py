@@ -23,3 +23,8 @@ def make_terminal(monkeypatch: pytest.MonkeyPatch, columns: int, lines: int) -> 
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     return Terminal()
+
+
+def without_compiling(err: str) -> str:
+    """What a command said on stderr, but for the note of the first run on a machine, that loops are being compiled."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith("zemoe: compiling loops"))
