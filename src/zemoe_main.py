@@ -132,7 +132,8 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name, kind, descriptor in (("stderr", _Errors, 2), ("stdout", _Output, 1)):
         old = getattr(sys, name)
-        encoding, by_line = (old.encoding, old.line_buffering) if old else ("utf-8", True)
+        # With PYTHONUNBUFFERED a stream writes through, and says that it is not buffered by line.
+        encoding, by_line = (old.encoding, old.line_buffering or old.write_through) if old else ("utf-8", True)
         raw = io.BufferedWriter(kind(descriptor, "w", closefd=False))
         # "replace", because a model may write characters that the encoding hasn't got.
         stream = io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=by_line)

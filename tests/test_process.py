@@ -189,6 +189,15 @@ def test_without_standard_error():
     assert done.returncode == 0 and done.stdout.startswith("zemoe ")
 
 
+@pytest.mark.parametrize(("stream", "unbuffered"), [("stderr", ""), ("stderr", "1"), ("stdout", "1")])
+def test_a_line_is_written_at_once(stream, unbuffered):
+    """Of standard output too if Python is asked to; os._exit drops what waits in a buffer."""
+    code = f"import os, sys, zemoe_main; zemoe_main._open_streams(); print('now', file=sys.{stream}); os._exit(0)"
+    command, env = [sys.executable, "-c", code], environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert getattr(done, stream) == "now\n"
+
+
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     """What a library writes to file 2 must not land in a file of the run."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
