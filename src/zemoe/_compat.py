@@ -22,7 +22,7 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 
 def inside_forward_mode() -> bool:
-    """Whether a `torch.autograd.forward_ad.dual_level` is entered, so that tensors may carry tangents.
+    """Return whether a `torch.autograd.forward_ad.dual_level` is entered, so that tensors may carry tangents.
 
     `_current_level` counts from 0, and is -1 outside.
     """
@@ -30,7 +30,7 @@ def inside_forward_mode() -> bool:
 
 
 def inside_function_transform() -> bool:
-    """Whether torch.func.grad, vjp, jvp or vmap is active: each puts an interpreter on a stack, which is None without.
+    """Return whether torch.func.grad, vjp, jvp or vmap is active: each has an interpreter on a stack.
 
     torch.compile can't trace the question.
     """
@@ -38,12 +38,12 @@ def inside_function_transform() -> bool:
 
 
 def tracked_by_function_transform(tensor: Tensor) -> bool:
-    """Whether torch.func.grad or one of its kind wants this tensor's gradient; `requires_grad` doesn't say so."""
+    """Return whether torch.func.grad or its like wants this tensor's gradient; `requires_grad` doesn't say so."""
     return _functorch.is_gradtrackingtensor(tensor)
 
 
 def inside_backward() -> bool:
-    """Whether autograd runs a backward pass in this thread, as it does while activation checkpointing recomputes.
+    """Return whether this thread runs a backward pass, as it does while activation checkpointing recomputes.
 
     The id of the pass is -1 outside of any.
     """
@@ -51,7 +51,7 @@ def inside_backward() -> bool:
 
 
 def backward_keeps_graph() -> bool:
-    """Within a backward pass: whether it was asked for with retain_graph, so that it may be run once more."""
+    """Return, within a backward pass, whether it has retain_graph, so that it may be run once more."""
     return _autograd._get_current_graph_task_keep_graph()
 
 
@@ -67,12 +67,12 @@ def onednn_linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def has_bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16)."""
+    """Return whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16)."""
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def reshape_without_view(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The same memory in another shape, which autograd takes for a new tensor: it may be changed in place."""
+    """Return a tensor of this shape in the same memory; autograd takes it for a new one, to be changed in place."""
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 
@@ -89,7 +89,7 @@ class EditsStateDict(nn.Module):
     def edit_state_dict(
         self, state_dict: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
     ) -> dict[str, Any]:
-        """The entries to load in place of those of `state_dict`, which is a copy and may be changed.
+        """Return the entries to load in place of those of `state_dict`, which is a copy and may be changed.
 
         Args:
             state_dict: of the whole model. prefix: what this module's own keys begin with.

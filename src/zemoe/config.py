@@ -32,7 +32,11 @@ def check_scale(factor: object) -> None:
 
 
 def renormalize_mode(renormalize: str | bool) -> str:
-    """The canonical mode: True means "all", False means "none" (docs/specification.md, "Renormalising")."""
+    """Return the canonical mode: True means "all", False means "none" (docs/specification.md, "Renormalising").
+
+    Raises:
+        ValueError: for another value that is not in RENORMALIZE_MODES.
+    """
     if isinstance(renormalize, bool):
         return "all" if renormalize else "none"
     if renormalize not in RENORMALIZE_MODES:
@@ -73,7 +77,7 @@ def expand_kinds(
 
 
 def warn_of_weights_without_gradient(top_k: int, renormalize: str | bool) -> None:
-    """A warning where the one weight of a token is divided by itself, so that a loss says nothing to the router."""
+    """Warn if a token's only weight is divided by itself, so that the router gets no gradient through it."""
     if top_k == 1 and renormalize_mode(renormalize) != "none":
         warnings.warn(
             f"top_k=1 with renormalize={renormalize!r}: a token's only weight is 1 or 0 always, so the router gets no "

@@ -52,7 +52,7 @@ class FusedMoE(StaysFloat32):
 
     Raises:
         ValueError: for a value that does not fit or an option that zemoe does not have, naming it.
-        TypeError: for an argument that nobody knows, or a bias that is no tensor.
+        TypeError: for an unknown argument, or a bias that is no tensor.
     """
 
     e_score_correction_bias: Tensor | None
@@ -122,7 +122,7 @@ class FusedMoE(StaysFloat32):
         return self.e_score_correction_bias
 
     def _rules(self) -> RoutingRules:
-        """How slots are chosen, by the layer's attributes as they are now."""
+        """Return the rules of the layer's attributes as they are now: engines may set those after construction."""
         return RoutingRules(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -140,7 +140,7 @@ class FusedMoE(StaysFloat32):
         return self.num_experts + sum(count for _, count in self._zero_expert_kinds())
 
     def route(self, hidden_states: Tensor, router_logits: Tensor, backend: Backend | None = None) -> Routing:
-        """The Routing of x [T, H] with logits [T, A], by the layer's attributes as they are now."""
+        """Return the Routing of x [T, H] with logits [T, A], by the layer's attributes as they are now."""
         if self.custom_routing_function is not None:
             weights, ids = self.custom_routing_function(
                 hidden_states=hidden_states,
@@ -154,7 +154,7 @@ class FusedMoE(StaysFloat32):
         return self.selector(router_logits, self._rules(), self._selection_bias(), backend)
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        """The output [..., H] for hidden_states [..., H] and full router_logits [..., A]; same dtype and device.
+        """Return [..., H] for hidden_states [..., H] and router_logits [..., A] of all slots, on the same device.
 
         Raises:
             ValueError: for a shape, dtype or device that does not fit, naming the argument.
@@ -322,18 +322,18 @@ class ZeroExpertFusedMoE(FusedMoE):
     def _selection_bias(self) -> Tensor | None:
         own = self.e_score_correction_bias
         if "e_score_correction_bias" in self.__dict__:
-            return own  # _temporarily_set_attrs: somebody wants this one for now
+            return own  # set by _temporarily_set_attrs
         if own is not None and self._kinds and own.shape == (self.num_slots,):
-            return own  # set by somebody since: at the start it has at most the first E entries
+            return own  # set after construction, which leaves at most the first E entries
         full = getattr(self.router, "e_score_correction_bias", None)
         return full if full is not None and full.shape == (self.num_slots,) else own
 
     def _compute_zero_expert_result(
         self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor
     ) -> Tensor | None:
-        """The zero-computation experts' part of the output, [..., H], from routing [T, K] that is already computed.
+        """Return the zero-computation experts' part of the output, [..., H], from routing [T, K] computed before.
 
-        None for a layer without zero-computation experts. Never changes its inputs.
+        Returns None for a layer without zero-computation experts. Never changes its inputs.
         """
         if not self._kinds:
             return None

@@ -31,7 +31,7 @@ class LoadsSeparateExperts(EditsStateDict):
 
     @property
     def experts_on_disk(self) -> int:
-        """How many experts a checkpoint may hold; those from E on are dead rows, which are dropped."""
+        """Return how many experts a checkpoint may hold; those from E on are dead rows, which are dropped."""
         return len(self.down_proj)
 
     def edit_state_dict(

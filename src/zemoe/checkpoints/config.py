@@ -54,7 +54,7 @@ def _is_id(value: object) -> bool:
 
 
 def _is(value: object, *known: object) -> bool:
-    """Whether it is one of them, of the same type: 1 is neither True nor 1.0."""
+    """Return whether `value` is one of `known`, of the same type: 1 is neither True nor 1.0."""
     return any(type(value) is type(one) and value == one for one in known)
 
 

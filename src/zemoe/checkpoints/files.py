@@ -189,9 +189,9 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def check_counts(source: Path, counts: Mapping[str, object], found: Mapping[str, TensorInfo]) -> None:
-    """CheckpointError for a count of layers or experts, each of which has tensors, that exceeds the tensors found.
+    """Raise CheckpointError for a count of layers or experts, each of which has tensors, above the number of tensors.
 
-    It comes before anything is built, which would take the time and memory that the config asks for.
+    This is checked before a model is built, which would take all the time and memory that a wrong count asks for.
 
     Args:
         source: the config's file. counts: by the names that it calls them.

@@ -1,4 +1,4 @@
-"""tokenizer.json: read, and what the library raises on the way turned into one error.
+"""Reads tokenizer.json, and turns all that the library raises into one error.
 
 The library is compiled Rust. Where that gives up (a "panic") it writes lines of its own to the standard error stream
 and raises what is no `Exception`; everything else that it finds wrong is a bare `Exception`.
@@ -60,7 +60,7 @@ def _is_panic(error: BaseException) -> bool:
 
 @contextmanager
 def guarded(source: str | Path) -> Iterator[None]:
-    """For calls of a tokenizer that was made of the file `source`: what it raises becomes a TokenizerError."""
+    """Turn what a tokenizer, made of the file `source`, raises inside this context into a TokenizerError."""
     try:
         with _without_panic_lines():
             yield

@@ -102,7 +102,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise SettingsError(f"model.vocab_size must be at least {len(alphabet) + 1}, got {vocab_size}")
-    size = _size_of(texts)
+    size = count_bytes(texts)
     # No text has more merges than characters, and the library sets memory aside for as many as it is told.
     trainer = trainers.BpeTrainer(
         vocab_size=min(vocab_size, len(alphabet) + 1 + size),
@@ -115,7 +115,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def _size_of(texts: list[str]) -> int:
+def count_bytes(texts: list[str]) -> int:
+    """Return the number of bytes of the texts in UTF-8."""
     return sum(len(text.encode()) for text in texts)
 
 
@@ -307,7 +308,7 @@ def encode(texts: list[str], tokenizer: Any, heldout: float, end: int | None) ->
     """Make the corpus of the texts. end: the id after every text, or None."""
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     sizes = [0, 0]
-    _say("encoding", _size_of(texts))
+    _say("encoding", count_bytes(texts))
     for text in texts:
         for i, part in enumerate(split(text, heldout)):
             parts[i].extend(_encoded(tokenizer, part, end))

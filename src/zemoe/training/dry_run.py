@@ -37,8 +37,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     k_e = wanted_ffn_experts(config, settings.train.ffn_experts)
     parameters = count_parameters(config, k_e)
 
-    tokens_a_byte = sum(len(tokenizer.encode(sample).ids) for sample in samples) / _bytes(samples)
-    tokens = tokens_a_byte * _bytes(texts)
+    tokens_a_byte = sum(len(tokenizer.encode(sample).ids) for sample in samples) / data.count_bytes(samples)
+    tokens = tokens_a_byte * data.count_bytes(texts)
     train, heldout = settings.train, settings.data.heldout
     a_step = train.rows * settings.data.context
     return {
@@ -51,7 +51,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         "zero_slots": config.zero_expert_num or 0,
         "k_e": k_e,
         "texts": len(texts),
-        "text_bytes": _bytes(texts),
+        "text_bytes": data.count_bytes(texts),
         "train_tokens": round(tokens * (1 - heldout)),
         "heldout_tokens": round(tokens * heldout),
         "tokens_per_step": a_step,
@@ -71,10 +71,6 @@ def _refused_here(config: LongcatFlashConfig) -> str | None:
     except SettingsError as error:
         return str(error)
     return None
-
-
-def _bytes(texts: list[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def show(planned: dict[str, Any], out: Console) -> None:

@@ -28,7 +28,7 @@ _IN_LEGEND = 8  # layers; of more, a colour bar tells which is which
 
 
 class ReportError(ValueError):
-    """What keeps a report from being drawn, in one line that says what to do."""
+    """A report can't be drawn; the message is one line that says what to do."""
 
 
 class Metrics(NamedTuple):

@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 
 class Diverged(TrainingError):
-    """The loss or the gradient is no number any more; the message names the step and what to do."""
+    """The loss or the gradient is NaN or infinite; the message names the step and what to do."""
 
 
 def train(settings: Settings, *, resume: bool, listener: Callable[[Record], None]) -> Record:

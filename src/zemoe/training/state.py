@@ -30,11 +30,11 @@ _HIDDEN = ".unfinished-"
 
 
 class TrainingError(Exception):
-    """What ends a run on its way; the message says what to do."""
+    """The error that ends a run before its last step; the message says what to do."""
 
 
 class StateError(TrainingError):
-    """A file that can't be written, or a state that can't be read."""
+    """A file can't be written, or a state can't be read."""
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the files of functions that numba compiles share. Only those import numba, and they are imported late.
+"""Shared by the files of functions that numba compiles. Only those import numba, and they are imported late.
 
 A compiled function is kept on disk until its own file changes, so it calls only functions of its own file.
 """

@@ -35,7 +35,7 @@ def _folders() -> list[Path]:
 
 
 class LoopCache:
-    """What numba asks before it compiles a function, in place of its own cache; a file for each signature and CPU."""
+    """Takes the place of numba's own cache of one function: a file for each signature and CPU."""
 
     def __init__(self, loop: Callable) -> None:
         self._source = Path(loop.__code__.co_filename)
@@ -46,7 +46,7 @@ class LoopCache:
         return f"{self._name}-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.loop"
 
     def _digest(self, name: str, code: bytes) -> bytes:
-        """Of the code and of what it was made from: our file, and what compiled it."""
+        """Return a digest of a loop's code, of the file that it was compiled from, and of the compiler's versions."""
         versions = f"{name} {numba.__version__} {llvmlite.__version__} "
         return hashlib.sha256(versions.encode() + hashlib.sha256(self._source.read_bytes()).digest() + code).digest()
 

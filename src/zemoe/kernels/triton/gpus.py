@@ -74,7 +74,7 @@ def _gpu(device: torch.device) -> Gpu | None:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The part of GPUS that a CUDA device is taken as. Triton's interpreter, on any other device, runs any tile.
+    """Return the entry of GPUS whose tiles a device gets. Devices other than CUDA's run Triton's interpreter.
 
     Raises ValueError, naming the GPU, for one that the kernels can't run on.
     """
@@ -85,7 +85,7 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def about(device: torch.device) -> str:
-    """Whether the tiles of a CUDA device were tuned, or only compiled for it, or what it is taken as; for people."""
+    """Say whether the tiles of a CUDA device were tuned or only compiled for it, or which GPU's tiles it gets."""
     gpu = _gpu(device)
     if gpu is None:
         return f"the triton backend needs {why_not(device)}"

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel is set up while the one before it still runs, on NVIDIA GPUs from Hopper on.
 
-Every kernel of this folder begins with `begin` and is launched with `launch_options`. Without it a launch costs one to
-two microseconds in which the GPU does nothing, six times a layer. That is much for few tokens and nothing for many, for
-which programs that wait beside others that work cost more than they save (dev/gpu.md).
+Every kernel of this folder begins with `begin` and is launched with `launch_options`. Otherwise the GPU does nothing
+for one to two microseconds before each launch, six times a layer. That is much for few tokens. For many tokens it is
+left off: programs that wait beside others that work cost more than they save (dev/gpu.md).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MOST_TOKENS = 1024
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Let the next kernel be set up, and wait until all that the ones before have written can be read.
+    """Let the next kernel be set up, and wait until all that the kernels before have written can be read.
 
-    Every program calls it before it reads or writes anything: so a kernel that is done knows that all before it are.
+    Every program calls this before it reads or writes anything, so that when a kernel is done, all before it are done.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -31,7 +31,7 @@ def begin(OVERLAP: tl.constexpr):
 
 
 def launch_options(tensor: Tensor, num_tokens: int) -> dict[str, bool]:
-    """What each launch on the device of `tensor` is given; on a CPU Triton's interpreter runs the kernels."""
+    """Return the options of each launch on the device of `tensor`; on a CPU Triton's interpreter runs the kernels."""
     if num_tokens <= _MOST_TOKENS and tensor.is_cuda and gpu_of(tensor.device).overlaps:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
