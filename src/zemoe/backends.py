@@ -21,7 +21,7 @@ from .config import RoutingRules, ZeroExpertKinds
 from .ops import experts as ops
 from .ops import library, triton_experts, triton_routing
 from .ops.library import without_autocast
-from .ops.routing import select_few, selects_few, topk_ids
+from .ops.routing import select_few, takes_select_few, topk_ids
 from .plan import make_plan
 from .scores import SCORES, renormalized
 
@@ -60,7 +60,7 @@ def _logits_by_torch(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
 
 
 def _logits_by_triton(x_TH: Tensor, weight_RH: Tensor) -> Tensor:
-    if triton_routing.takes_product(x_TH, weight_RH):
+    if triton_routing.takes_router_logits(x_TH, weight_RH):
         return triton_routing.router_logits(x_TH, weight_RH)
     return _logits_by_torch(x_TH, weight_RH)
 
@@ -93,14 +93,14 @@ def _select_by_torch(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None
 def _select_on_cpu(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None) -> Choice:
     mode = rules.renormalize
     plain = rules.scoring_func == "softmax" and mode != "nonnull" and rules.num_expert_group is None
-    if plain and selects_few(logits_TA):
+    if plain and takes_select_few(logits_TA):
         dropped = rules.num_experts if mode == "real" else logits_TA.shape[1]
         return select_few(logits_TA, bias, rules.top_k, dropped, mode != "none", rules.routed_scaling_factor)
     return _select_by_torch(logits_TA, rules, bias)
 
 
 def _select_by_triton(logits_TA: Tensor, rules: RoutingRules, bias: Tensor | None) -> Choice:
-    if triton_routing.takes_choice(logits_TA, rules):
+    if triton_routing.takes_select_experts(logits_TA, rules):
         return triton_routing.select_experts(logits_TA, rules, bias)
     return _select_by_torch(logits_TA, rules, bias)
 
@@ -130,7 +130,7 @@ def _infer_on_cpu(given: ExpertsInput) -> Tensor:
     bound = -1 if given.num_slots is None else given.num_slots
     x_TH, weights_TK, ids_TK, w13, w2 = given[:5]
     identities = count_identities(given.kinds)
-    if identities and ops.takes_few(x_TH, ids_TK, w13, w2, given.activation):
+    if identities and ops.takes_moe_ffn_few(x_TH, ids_TK, w13, w2, given.activation):
         return ops.moe_ffn_few(x_TH, weights_TK, ids_TK, w13, w2, identities, bound)
     return ops.moe_ffn_from_ids(x_TH, weights_TK, ids_TK, w13, w2, _affine_terms(given), bound, given.activation)
 

@@ -58,7 +58,7 @@ def on_host(choice_TA: Tensor, logits_TA: Tensor | None, k: int) -> Tensor:
     return (by_loops if loops else by_repair)(choice_TA, logits_TA, k)
 
 
-def suits_select_few(logits_TA: Tensor) -> bool:
+def takes_select_few(logits_TA: Tensor) -> bool:
     """Return whether `select_few` takes these and is faster: few float32 logits on the host, and numba."""
     return HAS_NUMBA and logits_TA.device.type == "cpu" and 0 < logits_TA.numel() <= _FEW_LOGITS
 

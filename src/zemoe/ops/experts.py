@@ -173,7 +173,7 @@ define(
     vmap=False,
 )
 implement("moe_ffn_few", "CPU", cpu_experts.moe_ffn_few)
-takes_few = cpu_experts.takes_few
+takes_moe_ffn_few = cpu_experts.takes_moe_ffn_few
 
 
 @torch.library.register_fake("zemoe::moe_ffn_few")
@@ -184,7 +184,7 @@ def _moe_ffn_few_fake(x, weights, topk_ids, w13, w2, identities, num_slots) -> T
 def moe_ffn_few(
     x_TH: Tensor, weights_TK: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, identities: int, num_slots: int
 ) -> Tensor:
-    """Return the output [T, H] of a layer whose zero-computation experts are identities, where `takes_few` says so.
+    """Return [T, H]: a layer whose zero-computation experts are identities, where `takes_moe_ffn_few` says so.
 
     x, w13 and w2 are float32 or bfloat16. identities: Z. num_slots: A, -1 if ids have no upper bound. No gradients.
     """

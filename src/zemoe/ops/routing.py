@@ -47,14 +47,14 @@ def _select_few_fake(logits, bias, k, dropped, renormalize, scaling) -> tuple[Te
     return logits.new_empty((logits.shape[0], k)), logits.new_empty((logits.shape[0], k), dtype=torch.int64)
 
 
-def selects_few(logits_TA: Tensor) -> bool:
+def takes_select_few(logits_TA: Tensor) -> bool:
     """Return whether `select_few` can and should be used for these logits.
 
     Never in compiled code: as the answer depends on T, torch.compile would compile anew for each number of tokens.
     """
     if torch.compiler.is_compiling() or inside_forward_mode():
         return False
-    return topk.suits_select_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
+    return topk.takes_select_few(logits_TA) and not (torch.is_grad_enabled() and logits_TA.requires_grad)
 
 
 def select_few(

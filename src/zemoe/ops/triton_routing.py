@@ -94,7 +94,7 @@ def _router_logits_autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("zemoe::router_logits", _router_logits_autograd, setup_context=_router_logits_context)
 
 
-def takes_product(x_TH: Tensor, weight_RH: Tensor) -> bool:
+def takes_router_logits(x_TH: Tensor, weight_RH: Tensor) -> bool:
     """Return whether `router_logits` can multiply these; it has no forward-mode derivative."""
     return x_TH.dtype in DTYPES and weight_RH.dtype == torch.float32 and not inside_forward_mode()
 
@@ -197,7 +197,7 @@ torch.library.register_autograd(
 )
 
 
-def takes_choice(logits_TA: Tensor, rules: RoutingRules) -> bool:
+def takes_select_experts(logits_TA: Tensor, rules: RoutingRules) -> bool:
     """Return whether `select_experts` can choose by these rules; it has no forward-mode derivative."""
     fits = logits_TA.shape[1] <= MOST_SLOTS and rules.top_k <= MOST_CHOICES and rules.scoring_func in KERNEL_SCORES
     return fits and not inside_forward_mode()

@@ -19,7 +19,7 @@ from zemoe.kernels import topk
 from zemoe.kernels.cpu import experts as cpu_experts
 from zemoe.kernels.cpu import products
 from zemoe.ops import experts as ops
-from zemoe.ops.routing import selects_few
+from zemoe.ops.routing import takes_select_few
 from zemoe.routing import select_experts
 
 pytest.importorskip("numba")
@@ -197,7 +197,7 @@ def test_a_lost_token_of_identities_alone() -> None:
         "lost", "no FFN row carries the NaN to the other columns", T=3, ids=only_zero_experts, kinds=(("identity", 4),)
     )
     x, w13, w2, weights, ids, _ = case.inputs()
-    assert ops.takes_few(x, ids, w13, w2, "silu")
+    assert ops.takes_moe_ffn_few(x, ids, w13, w2, "silu")
     x[1, 5] = NAN
     out = fused_experts(x, w13, w2, weights, ids, num_experts=case.E, zero_expert_kinds=case.kinds)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
@@ -215,7 +215,7 @@ class TestSelectingFew:
 
     @staticmethod
     def both_ways(logits: torch.Tensor, **rules) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        assert selects_few(logits) and not selects_few(logits.clone().requires_grad_())
+        assert takes_select_few(logits) and not takes_select_few(logits.clone().requires_grad_())
         rules = {"num_experts": 16, "zero_expert_kinds": (("identity", 4),), **rules}
         few = select_experts(logits, 5, **rules)
         weights, ids = select_experts(logits.clone().requires_grad_(), 5, **rules)
@@ -242,11 +242,11 @@ class TestSelectingFew:
 
     def test_others_do_not_take_it(self) -> None:
         logits = torch.randn(3, 20)
-        assert not selects_few(logits[:0]) and not selects_few(logits.to("meta"))
-        assert not selects_few(torch.randn(300, 20))
-        assert not torch.compile(selects_few, backend="eager")(logits)
+        assert not takes_select_few(logits[:0]) and not takes_select_few(logits.to("meta"))
+        assert not takes_select_few(torch.randn(300, 20))
+        assert not torch.compile(takes_select_few, backend="eager")(logits)
         with torch.autograd.forward_ad.dual_level():
-            assert not selects_few(logits)
+            assert not takes_select_few(logits)
 
     def test_operator(self) -> None:
         logits = torch.randn(3, 20)

@@ -150,7 +150,7 @@ def moe_ffn_from_ids(
     return y_TH.to(x_TH.dtype)
 
 
-def takes_few(x_TH: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, activation: str) -> bool:
+def takes_moe_ffn_few(x_TH: Tensor, topk_ids_TK: Tensor, w13: Tensor, w2: Tensor, activation: str) -> bool:
     """Return whether `moe_ffn_few` takes these and is faster: few choices, and numba."""
     few_choices = 0 < topk_ids_TK.numel() <= _FEW_CHOICES and activation == "silu"
     return few_choices and loop_rows(x_TH, w13, w2) >= len(x_TH)
