@@ -120,7 +120,7 @@ class RoutingRules:
     Attributes:
         num_experts: E. top_k: K.
         zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs; () if kinds play no part.
-        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        scoring_func: a name in zemoe.scores.SCORES, such as "softmax" or "sigmoid".
         renormalize: "none", "all", "real" or "nonnull".
         routed_scaling_factor: multiplies every weight, zero-computation experts' too.
         num_expert_group, topk_group: the group limit, or None.
@@ -163,7 +163,7 @@ class MoEConfig(RoutingRules):
     Attributes:
         hidden_size: H. intermediate_size: I, the width of one FFN expert. num_experts: E. top_k: K.
         zero_expert_kinds: zero-computation experts in id order, as (kind, count) pairs.
-        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        scoring_func: a name in zemoe.scores.SCORES, such as "softmax" or "sigmoid".
         renormalize: "none", "all", "real" or "nonnull"; True is stored as "all", False as "none".
         routed_scaling_factor: multiplies every weight, zero-computation experts' too.
         num_expert_group, topk_group: the group limit, or None.

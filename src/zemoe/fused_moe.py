@@ -36,7 +36,7 @@ class FusedMoE(StaysFloat32):
     Args:
         num_experts: E. top_k: K. hidden_size: H. intermediate_size: I.
         renormalize: True or "all", False or "none", "real", "nonnull" (docs/specification.md, "Renormalising").
-        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus".
+        scoring_func: a name in zemoe.scores.SCORES, such as "softmax" or "sigmoid".
         e_score_correction_bias: [E] float tensor added for the selection only; kept as a buffer that shares its memory
             and is not saved, for its owner (the router) saves it.
         routed_scaling_factor: multiplies every weight.
