@@ -9,6 +9,9 @@ any other kind by its rule.
 T tokens, H hidden size, K choices, C constant experts, S scaled_identity experts.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,6 +6,9 @@ T tokens, H hidden size, I expert width, E FFN experts, A slots, R rows of a rou
 C constant experts.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

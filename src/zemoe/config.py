@@ -5,6 +5,9 @@ This file does not import torch. Counts, ranges and their relations are checked 
 activations are checked by affine.py, scores.py and experts.py.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

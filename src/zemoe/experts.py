@@ -3,6 +3,9 @@
 T tokens, H hidden size, I expert width, E FFN experts, K choices, C constant experts.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

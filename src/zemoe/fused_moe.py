@@ -6,11 +6,14 @@ T tokens, H hidden size, I expert width, E FFN experts, Z zero-computation exper
 Nothing is stored on a module during forward; the one exception is the explicit, per-thread memo of `_memoize`.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -280,7 +283,7 @@ class ZeroExpertFusedMoE(FusedMoE):
         zero_expert_num: int,
         zero_expert_type: str | Sequence[tuple[str, int]],
         router: nn.Module | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("custom_routing_function") is not None:
             raise ValueError(
@@ -349,7 +352,7 @@ class ZeroExpertFusedMoE(FusedMoE):
         )
 
     @contextmanager
-    def _memoize(self, topk_weights: Tensor, topk_ids: Tensor) -> Iterator[None]:
+    def _memoize(self, topk_weights: Tensor, topk_ids: Tensor) -> Generator[None, None, None]:
         """Let this thread read the given routing [T, K] with `_select_experts_from_memo` until the context ends.
 
         Inside another such context the outer one goes on afterwards where it was.
@@ -367,7 +370,7 @@ class ZeroExpertFusedMoE(FusedMoE):
 
     @staticmethod
     @contextmanager
-    def _temporarily_set_attrs(target: object, **attrs: object) -> Iterator[None]:
+    def _temporarily_set_attrs(target: object, **attrs: object) -> Generator[None, None, None]:
         """Set attributes of `target` within the context and restore them after, also after an exception.
 
         Raises:

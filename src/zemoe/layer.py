@@ -3,6 +3,9 @@
 T tokens, H hidden size, I expert width, E FFN experts, A slots, K choices, C constant experts.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -140,7 +143,8 @@ class MoE(StaysFloat32):
             zero_expert_kinds=(("zero", zero), ("identity", copy), ("constant", constant)),
             renormalize="nonnull",
         )
-        return cls(config, **{"gating_residual": True, **options})
+        settings: dict[str, Any] = {"gating_residual": True, **options}
+        return cls(config, **settings)
 
     @classmethod
     def isaac(
@@ -171,7 +175,8 @@ class MoE(StaysFloat32):
             zero_expert_kinds=(("zero", num_null_experts),),
             renormalize="real",
         )
-        return cls(config, **{"tied_null": True, "logit_norm": logit_norm, **options})
+        settings: dict[str, Any] = {"tied_null": True, "logit_norm": logit_norm, **options}
+        return cls(config, **settings)
 
     def forward(
         self, hidden_states: Tensor, prev_logits: Tensor | None = None, return_routing: bool = False

@@ -4,6 +4,9 @@ M tokens with K choices each, E FFN experts, N = M * K, a static bound on the ro
 travel to the host.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -7,9 +7,12 @@ slots. Source: ZEDA (arXiv 2605.18643); docs/specification.md, "Retrofit".
 T tokens, H hidden size, I expert width, E FFN experts, Z zero experts, A = E + Z slots, K choices.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,7 +161,7 @@ class ZeroExpertBlock(StaysFloat32):
 
 
 @contextmanager
-def zero_experts_disabled(model: nn.Module) -> Iterator[None]:
+def zero_experts_disabled(model: nn.Module) -> Generator[None, None, None]:
     """The retrofitted blocks of `model` compute their original forward for the duration of a `with` block.
 
     Before any training that is the original model, to the bit: ZEDA's teacher, without a second copy in memory as long

@@ -5,11 +5,14 @@ Everything here computes in float32, whatever the dtype of the hidden states
 (docs/specification.md, "Router logits").
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -251,7 +254,7 @@ class Router(StaysFloat32):
             product = router_logits(x_TH, weight, backend)
             extra = product[:, rows:]
             logits = product if extra_RH is None else product[:, :rows]
-            if bias is not None:
+            if bias is not None:  # pyright: ignore[reportUnnecessaryComparison] - nn.Linear(bias=False)
                 logits = logits + bias.float()
             if self.logit_norm is not None:
                 logits = normalize_logits(logits, self.logit_norm)
@@ -328,7 +331,7 @@ class Observed(Mapping[tuple[str, int], Routing]):
 
 
 @contextmanager
-def observe(model: nn.Module) -> Iterator[Observed]:
+def observe(model: nn.Module) -> Generator[Observed, None, None]:
     """Collect every layer's Routing while the context is active; nothing is kept on the modules.
 
     Each call of `model` itself starts a new micro-batch; what activation checkpointing computes again during backward
@@ -351,11 +354,11 @@ def observe(model: nn.Module) -> Iterator[Observed]:
         )
     seen = Observed()
 
-    def start(module: nn.Module, args: tuple) -> None:
+    def start(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not inside_backward():  # not a recomputation inside backward
             seen.micro_batch += 1
 
-    def recorder(layer: str) -> Callable[[nn.Module, tuple, Routing], None]:
+    def recorder(layer: str) -> Callable[[nn.Module, tuple[Any, ...], Routing], None]:
         return lambda module, args, routing: seen.record(layer, routing)
 
     with ExitStack() as hooks:
