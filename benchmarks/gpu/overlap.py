@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from training import by_backend, step, trained
+from training import step, trained
+from zemoe.bench.baselines import by_backend
 from zemoe.bench.cases import build, load_cases
 from zemoe.kernels.triton import launch
 

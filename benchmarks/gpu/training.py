@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from zemoe import MoE, fused_experts
+from zemoe.bench.baselines import Forward, by_backend
 from zemoe.bench.cases import build, load_cases, shares, steer
 from zemoe.kernels.triton import launch
 from zemoe.kernels.triton.grad_weight import grad_weight
@@ -49,32 +50,11 @@ REPEATS, STEPS = 7, 4  # steps without a wait between them, as in training
 PROCESSORS = 132
 DTYPE = torch.bfloat16
 
-Call = Callable[[Tensor], Tensor]
-
 
 # --- the sides
 
 
-def by_backend(layer: MoE, backend: str) -> Call:
-    config = layer.config
-
-    def call(x_TH: Tensor) -> Tensor:
-        routing = layer.router(x_TH)
-        return fused_experts(
-            x_TH,
-            layer.w13,
-            layer.w2,
-            routing.topk_weights_TK,
-            routing.topk_ids_TK,
-            num_experts=config.num_experts,
-            zero_expert_kinds=config.zero_expert_kinds,
-            backend=backend,
-        )
-
-    return call
-
-
-def by_hand(layer: MoE) -> Call:
+def by_hand(layer: MoE) -> Forward:
     """Sort and grouped_mm over the real pairs, as one writes it; torch's own gradients. It waits for the device."""
     E = layer.config.num_experts
 
@@ -96,12 +76,12 @@ def by_hand(layer: MoE) -> Call:
     return call
 
 
-def router_alone(layer: MoE) -> Call:
+def router_alone(layer: MoE) -> Forward:
     """What all sides share: the router, forward and backward, as zemoe trains it."""
     return lambda x_TH: layer.router(x_TH).topk_weights_TK
 
 
-SIDES: dict[str, Callable[[MoE], Call]] = {
+SIDES: dict[str, Callable[[MoE], Forward]] = {
     "triton": partial(by_backend, backend="triton"),
     "torch": partial(by_backend, backend="torch"),
     "grouped": by_hand,
@@ -174,7 +154,7 @@ def check(index: int) -> None:
 # --- layers
 
 
-def step(call: Call, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> None:
+def step(call: Forward, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> None:
     x_TH.grad = None
     for parameter in parameters:
         parameter.grad = None
@@ -182,7 +162,7 @@ def step(call: Call, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> No
     out.backward(dout if out.shape == dout.shape else dout[:, : out.shape[1]].to(out.dtype))
 
 
-def bytes_of(call: Call, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> tuple[int, int, int]:
+def bytes_of(call: Forward, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> tuple[int, int, int]:
     """(saved for the backward beyond x and parameters, peak of the forward, peak of both less all gradients)."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (x_TH, *parameters)}
     saved: dict[int, int] = {}
@@ -209,7 +189,7 @@ def bytes_of(call: Call, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -
     return sum(saved.values()), forward, max(forward, peak - gradients)
 
 
-def replayed_ms(call: Call, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> float:
+def replayed_ms(call: Forward, x_TH: Tensor, dout: Tensor, parameters: list[Tensor]) -> float:
     """Of a step as a CUDA graph, so that the host plays no part."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

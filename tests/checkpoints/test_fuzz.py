@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tools import fuzz_folders
-from tools.fuzz_folders import NAMES, close, fuzz, wrong_words
+from tools.fuzz_folders import NAMES, fuzz, wrong_words
+from tools.fuzz_readers import close
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
@@ -21,7 +22,8 @@ from ..layer import MoE
 Forward = Callable[[Tensor], Tensor]
 
 
-def _torch(layer: MoE) -> Forward:
+def by_backend(layer: MoE, backend: str) -> Forward:
+    """The layer's router, and its experts by the backend of that name."""
     config = layer.config
 
     def call(x_TH: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def _torch(layer: MoE) -> Forward:
             num_experts=config.num_experts,
             zero_expert_kinds=config.zero_expert_kinds,
             activation=config.activation,
-            backend="torch",
+            backend=backend,
         )
 
     return call
@@ -205,7 +207,7 @@ BASELINES: dict[str, Baseline] = {
     "torch": Baseline(
         about="zemoe's router and its torch backend: sort and grouped_mm, zero pairs dropped",
         module="torch",
-        adapt=_torch,
+        adapt=partial(by_backend, backend="torch"),
         devices=("cpu", "cuda"),
     ),
     "eager": Baseline(
