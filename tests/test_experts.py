@@ -371,6 +371,17 @@ class TestRefusals:
             with pytest.raises(ValueError, match=f"topk_ids.*{wrong}"):
                 run(self.CASE, inputs, backend)
 
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("backend", ON_CPU)
+    def test_an_id_beyond_all_kinds_is_refused_where_one_kind_has_all_ids(self, backend, gradients):
+        x, *inputs, ids = self.CASE.inputs()[:5]
+        ids[3, 1] = 2**31 - 2
+        named = {"num_experts": 6, "zero_expert_kinds": "identity", "backend": backend}
+        fused_experts(x.requires_grad_(gradients), *inputs, ids, **named)
+        ids[3, 1] = 2**31 - 1
+        with pytest.raises(ValueError, match=r"topk_ids must be 0\.\.2147483646.*2147483647"):
+            fused_experts(x, *inputs, ids, **named)
+
 
 class TestResolveBackend:
     @pytest.mark.parametrize("name", sorted(BACKENDS))

@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .affine import NO_PARAMS, AffineParams, AffineTerms, affine_coefficients, count_identities, kernel_kinds
+from .affine import (
+    HIGHEST_ID,
+    NO_PARAMS,
+    AffineParams,
+    AffineTerms,
+    affine_coefficients,
+    count_identities,
+    kernel_kinds,
+)
 from .config import RoutingRules, ZeroExpertKinds
 from .ops import experts as ops
 from .ops import library, triton_experts, triton_routing
@@ -129,8 +137,13 @@ def _affine_terms(given: ExpertsInput) -> AffineTerms:
     return AffineTerms(alpha_T, beta_TC, given.params.constant_value)
 
 
+def _bound(given: ExpertsInput) -> int:
+    """Return what ids lie below; without a number of slots the kinds end at HIGHEST_ID, and so do the ids."""
+    return HIGHEST_ID if given.num_slots is None else given.num_slots
+
+
 def _infer_on_cpu(given: ExpertsInput) -> Tensor:
-    bound = -1 if given.num_slots is None else given.num_slots
+    bound = _bound(given)
     x_TH, weights_TK, ids_TK, w13, w2 = given[:5]
     identities = count_identities(given.kinds)
     if identities and ops.takes_moe_ffn_few(x_TH, ids_TK, w13, w2, given.activation):
@@ -139,13 +152,13 @@ def _infer_on_cpu(given: ExpertsInput) -> Tensor:
 
 
 def _train_on_cpu(given: ExpertsInput) -> Tensor:
-    plan = make_plan(given.ids_TK, given.num_experts, given.num_slots)
+    plan = make_plan(given.ids_TK, given.num_experts, _bound(given))
     terms = _affine_terms(given)
     return ops.moe_ffn(given.x_TH, given.weights_TK, plan, given.w13, given.w2, terms, given.activation)
 
 
 def _experts_by_torch(given: ExpertsInput) -> Tensor:
-    plan = make_plan(given.ids_TK, given.num_experts, given.num_slots)
+    plan = make_plan(given.ids_TK, given.num_experts, _bound(given))
     terms = _affine_terms(given)
     return ops.moe_ffn_grouped(given.x_TH, given.weights_TK, plan, given.w13, given.w2, terms, given.activation)
 
